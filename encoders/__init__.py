@@ -1,0 +1,1 @@
+"""Text and images to unit vectors, and the methods that train them."""

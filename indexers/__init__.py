@@ -1,0 +1,1 @@
+"""Where entries live: the store, the vectors, the words, and the batch job that builds them."""

@@ -1,0 +1,1 @@
+"""Thin shells over the engine: command line, HTTP and the page."""
