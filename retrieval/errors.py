@@ -14,6 +14,8 @@ A message says what was got, what was expected and what to do. It never holds re
 picture content or a trace.
 """
 
+from __future__ import annotations
+
 
 class RetrievalError(Exception):
     """The root of the tree."""

@@ -67,14 +67,14 @@ class Part(Item):
     """One part of a query: a text, a report, a picture, or vectors that exist already.
 
     kind: "report" is text treated as a document (symmetric ontology match), "text" a phrase.
-    vectors: space -> unit vector, used instead of encoding (a raw vector, or a stored document's).
+    vectors: (space, side) -> unit vector, used instead of encoding (a raw vector, or a stored document's).
     weight: negative means away from it.
     """
 
     kind: Literal["text", "report"] = "text"
     weight: float = 1.0
     findings: tuple[Finding, ...] = ()
-    vectors: Mapping[str, Vector] = field(default_factory=dict)
+    vectors: Mapping[tuple[str, Side], Vector] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -246,11 +246,12 @@ class Snapshot(Protocol):
     generation: int
     sequence: int  # publish number
     spaces: Mapping[str, SpaceInfo]
+    sides: Mapping[tuple[str, Side], int]  # (space, side) -> how many documents have a vector there
 
     def __len__(self) -> int: ...
 
     def fetch(self, ids: Sequence[str]) -> list[Document | None]:
-        """Documents in the order asked, None for unknown ids. `image` is None; see `image`."""
+        """Documents in the order asked, None for unknown ids. A picture comes without its pixels and thumbnail."""
 
     def image(self, id: str) -> bytes | None:
         """The rendered picture (PNG), or None."""
