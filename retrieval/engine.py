@@ -150,7 +150,7 @@ class Engine:
         retriever: str,
         k: int = DEPTH,
         weights: Mapping[str, float] | None = None,
-        progress: Callable[[int], None] = lambda done: None,
+        progress: Callable[[int], None] | None = None,
     ) -> Run:
         """Rankings of many queries by query id, for evaluation: the same path that a search takes."""
         retrieve = self.retriever(retriever, self.snapshot(), weights=weights)
@@ -159,7 +159,8 @@ class Engine:
             batch = self._with_vectors(queries[start : start + RUN_BATCH])
             for query, ranking in zip(batch, retrieve(batch, k), strict=True):
                 run[query.id] = ranking
-            progress(len(run))
+            if progress is not None:
+                progress(len(run))
         return run
 
     def add(self, documents: Sequence[Document]) -> list[Rejected]:
@@ -194,7 +195,7 @@ class Engine:
                 )
         return snapshot
 
-    def legs(self, snapshot: Snapshot) -> tuple[str, ...]:
+    def legs(self) -> tuple[str, ...]:
         """The legs that this collection can answer with."""
         can = {
             "lexical": True,
@@ -214,7 +215,7 @@ class Engine:
     ) -> Retriever:
         """`lexical`, `dense`, `image`, `ontology`, `hybrid`, and any of them with `+rerank`."""
         base, plus, rerank = name.partition("+")
-        have = self.legs(snapshot)
+        have = self.legs()
         if (base != "hybrid" and base not in have) or (plus and rerank != "rerank"):
             names = ", ".join((*have, "hybrid"))
             raise Invalid(f"retriever: got '{name}', this collection has {names}, each also with +rerank", "retriever")
@@ -245,7 +246,8 @@ class Engine:
             return Dense(snapshot, encoders["text"], ("text",), exact)
         if leg == "image":
             return Dense(snapshot, encoders[self.parts.image_space or ""], ("text", "image"), exact)
-        assert self.parts.linker is not None and self.parts.findings_score is not None
+        if self.parts.linker is None or self.parts.findings_score is None:
+            raise ValueError(leg)  # `retriever` lets only the legs through that there are
         ties = Dense(snapshot, encoders["text"]) if "text" in encoders else None
         return Ontological(snapshot, self.parts.linker, self.parts.findings_score, ties)
 

@@ -24,7 +24,7 @@ def engine(documents: list[Document] | None = None, **parts) -> Engine:
 
     index = MemoryIndex({"text": SpaceInfo("text", encoder.dim, dict(encoder.digests))})
     made = Parts({"text": encoder}, "text", read, Ingest([encoder], linker, read),
-                 dict.fromkeys(KINDS, {"lexical": 1, "dense": 1, "image": 1, "ontology": 1}),
+                 {kind: dict.fromkeys(("lexical", "dense", "image", "ontology"), 1.0) for kind in KINDS},
                  linker, shared_concepts, **parts)  # fmt: skip
     out = Engine("films", index, made)
     out.add(documents if documents is not None else FILMS)
@@ -56,12 +56,14 @@ def test_an_answer_says_where_every_hit_comes_from() -> None:
     assert sum(p["weight"] * p["normalised"] for p in hit["parts"].values()) == pytest.approx(hit["score"])
     assert hit["findings"][0] == {"concept": "edema", "name": "edema", "assertion": "affirmed", "start": 0, "end": 5}
     assert hit["highlights"] == {"text": [[0, 5]]}
-    assert answer["exact"] is True and set(answer["took_ms"]) >= {"encode", "search", "fuse", "total"}
+    assert answer["exact"] is True
+    assert set(answer["took_ms"]) >= {"encode", "search", "fuse", "total"}
 
 
 def test_a_single_leg_keeps_its_raw_score_and_still_adds_up() -> None:
     hit = engine().search(ask("edema", retriever="lexical"))["hits"][0]
-    assert hit["score"] == 1 and hit["parts"]["lexical"] == {"rank": 1, "raw": 1, "normalised": 1, "weight": 1}
+    assert hit["score"] == 1
+    assert hit["parts"]["lexical"] == {"rank": 1, "raw": 1, "normalised": 1, "weight": 1}
 
 
 def test_filters_hold_and_facets_count_what_was_found() -> None:
@@ -81,7 +83,8 @@ def test_groups_show_their_best_hit_and_their_size() -> None:
 
 def test_a_stored_document_finds_others_and_not_itself() -> None:
     answer = engine().search(Request(query=[RequestPart(id="a")]))
-    assert "a" not in ids(answer) and len(ids(answer)) == 3
+    assert "a" not in ids(answer)
+    assert len(ids(answer)) == 3
 
 
 def test_a_picture_finds_the_same_picture() -> None:
@@ -97,7 +100,9 @@ def test_hybrid_leaves_out_image_where_no_document_has_a_picture() -> None:
 
 def test_many_requests_get_one_answer_or_one_error_each() -> None:
     good, bad, other = engine().search_many([ask(), ask(retriever="nope"), ask("edema", where={"view": "ap"})])
-    assert ids(good)[0] in "ac" and isinstance(bad, Invalid) and ids(other)[0] == "c"
+    assert ids(good)[0] in "ac"
+    assert isinstance(bad, Invalid)
+    assert ids(other)[0] == "c"
 
 
 def test_many_requests_equal_one_at_a_time() -> None:
@@ -116,7 +121,8 @@ def test_pages_equal_one_long_page() -> None:
         cursor = answer["cursor"]
         if cursor is None:
             break
-    assert pages == long and len(pages) == 57
+    assert pages == long
+    assert len(pages) == 57
 
 
 @given(st.sets(st.integers(0, 19)), st.integers(1, 7))
@@ -187,7 +193,8 @@ def test_bad_requests_are_refused_by_name(request_: Request, error: type[Retriev
 
 def test_a_reranker_answers_for_words() -> None:
     answer = engine(scorer=OverlapScorer()).search(ask("edema and effusion", retriever="lexical+rerank"))
-    assert ids(answer)[0] == "c" and set(answer["hits"][0]["parts"]) == {"lexical", "rerank"}
+    assert ids(answer)[0] == "c"
+    assert set(answer["hits"][0]["parts"]) == {"lexical", "rerank"}
 
 
 def test_a_run_takes_the_same_path_as_a_search() -> None:

@@ -23,7 +23,7 @@ def test_minmax_is_the_weighted_sum_of_scores_scaled_to_zero_and_one() -> None:
 
 def test_rrf_sums_reciprocal_ranks() -> None:
     fused = fuse({"a": ranking(x=3, y=2), "b": ranking(y=9)}, {"a": 0.5, "b": 0.5}, 10, "rrf")
-    assert dict((h.id, h.score) for h in fused) == pytest.approx({"x": 0.5 / 61, "y": 0.5 / 62 + 0.5 / 61})
+    assert {h.id: h.score for h in fused} == pytest.approx({"x": 0.5 / 61, "y": 0.5 / 62 + 0.5 / 61})
 
 
 def test_a_silent_leg_gives_its_weight_to_the_others() -> None:
