@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import faiss
+import faiss as untyped_faiss
 import numpy as np
 from numpy.typing import NDArray
 
@@ -19,6 +19,8 @@ from retrieval.errors import Conflict
 from retrieval.types import Matrix
 
 TIE = 1e-6  # scores closer than this are equal, and ordered by id
+
+faiss: Any = untyped_faiss  # its stubs lack half of what it has
 
 Chunks = Sequence[NDArray[Any]]
 Numbers = NDArray[np.int64]
@@ -87,7 +89,8 @@ def _unit(rows: NDArray[Any]) -> Matrix:
     if rows.dtype == np.float32:
         return np.ascontiguousarray(rows)
     wide: Matrix = rows.astype(np.float32)
-    return wide / np.maximum(np.linalg.norm(wide, axis=1, keepdims=True), np.finfo(np.float32).tiny)
+    wide /= np.maximum(np.linalg.norm(wide, axis=1, keepdims=True), np.finfo(np.float32).tiny)
+    return wide
 
 
 @contextmanager
@@ -147,7 +150,7 @@ def _pieces(stored: Stored, allowed: Numbers | None) -> Iterator[tuple[int | Num
 
 
 def _best(a: tuple[Scores, Numbers], b: tuple[Scores, Numbers], k: int) -> tuple[Scores, Numbers]:
-    scores, numbers = (np.concatenate(pair, axis=1) for pair in zip(a, b, strict=True))
+    scores, numbers = np.concatenate([a[0], b[0]], axis=1), np.concatenate([a[1], b[1]], axis=1)
     order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
     return np.take_along_axis(scores, order, 1), np.take_along_axis(numbers, order, 1)
 

@@ -20,13 +20,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import faiss
+import faiss as untyped_faiss
 import numpy as np
 from numpy.typing import NDArray
 
 from indexers.scan import TIE, Chunks, Numbers, Scores, Stored, nearest, threads
 from retrieval.errors import BackendError, Conflict, Invalid
 from retrieval.types import Hit, Matrix, Progress, Ranking
+
+faiss: Any = untyped_faiss  # its stubs lack half of what it has
 
 KINDS = ("flat", "hnsw", "hnsw-sq8", "hnsw-sq4", "hnsw-bin", "ivfpq")
 BUILD_THREADS = 2
@@ -91,8 +93,6 @@ def _vocabulary() -> str:
     return ", ".join(KINDS[:-1]) + ", ivfpq:M=..,nlist=..[,nprobe=..][,refine=..]"
 
 
-
-
 # What a search costs, counted in rows that an exact scan reads in the same time (measured on 384 dimensions:
 # a graph search visits about 20 rows for each entry of its queue).
 _ROWS_PER_EF = 20
@@ -131,7 +131,7 @@ class Measured:
 class SideIndex:
     """One side of one space: its stored vectors, and what makes searching them fast."""
 
-    def __init__(self, spec: Spec, stored: Stored, index: faiss.Index | None, measured: Measured) -> None:
+    def __init__(self, spec: Spec, stored: Stored, index: Any, measured: Measured) -> None:
         self.spec = spec
         self.measured = measured
         self._stored = stored
@@ -185,14 +185,17 @@ class SideIndex:
         truth, _ = nearest(self._stored, queries, _MEASURED_K, np.arange(count))
         recall, ef = 0.0, 0
         for ef in _EF if graph else (0,):
-            scores, numbers = self._approximate(queries, min(_MEASURED_K, count), None, ef)
+            _, numbers = self._approximate(queries, min(_MEASURED_K, count), None, ef)
             recall = _recall(self._true_scores(queries, numbers), truth)
             if recall >= _RECALL_WANTED:
                 break
         return recall, ef
 
     def _true_scores(self, queries: Matrix, numbers: Numbers) -> Scores:
-        return np.stack([self._stored.scores(query[None], row) for query, row in zip(queries, numbers, strict=True)])
+        scores: Scores = np.stack(
+            [self._stored.scores(query[None], row) for query, row in zip(queries, numbers, strict=True)]
+        )
+        return scores
 
     def search(
         self,
@@ -317,9 +320,8 @@ def _hits(
     sides: Sequence[tuple[Found, NDArray[np.integer[Any]]]], query: int, ids: Sequence[str], k: int
 ) -> list[Hit]:
     scores = np.concatenate([found.scores[query] for found, _ in sides])
-    numbers = [found.numbers[query] for found, _ in sides]
-    rows = np.concatenate([side[1][which] if len(which) else which for side, which in zip(sides, numbers, strict=True)])
-    known = np.concatenate(numbers) >= 0
+    rows = np.concatenate([_rows_of(found.numbers[query], rows) for found, rows in sides])
+    known = rows >= 0
     scores, rows = scores[known], rows[known]
     order = np.argsort(-scores, kind="stable")
     if len(sides) > 1 and len(order):  # a document's first appearance is its best vector
@@ -327,6 +329,12 @@ def _hits(
     values = scores[order].tolist()
     names = [ids[row] for row in rows[order].tolist()]
     return list(map(Hit, *_tied_by_id(names, values, k)))
+
+
+def _rows_of(numbers: Numbers, rows: NDArray[np.integer[Any]]) -> Numbers:
+    if not len(numbers):
+        return numbers
+    return np.where(numbers < 0, -1, rows[numbers])
 
 
 def _tied_by_id(names: list[str], values: list[float], k: int) -> tuple[list[str], list[float]]:
@@ -343,13 +351,13 @@ def _tied_by_id(names: list[str], values: list[float], k: int) -> tuple[list[str
     return names[:k], values[:k]
 
 
-def _graph(stored: Stored, spec: Spec) -> tuple[faiss.Index, tuple[str, ...]]:
+def _graph(stored: Stored, _: Spec) -> tuple[Any, tuple[str, ...]]:
     index = faiss.IndexHNSWFlat(stored.dim, 32, faiss.METRIC_INNER_PRODUCT)
     index.hnsw.efConstruction = 128
     return index, ()
 
 
-_BUILDERS: dict[str, Callable[[Stored, Spec], tuple[faiss.Index, tuple[str, ...]]]] = {"hnsw": _graph}
+_BUILDERS: dict[str, Callable[[Stored, Spec], tuple[Any, tuple[str, ...]]]] = {"hnsw": _graph}
 
 
 def _recall(found: Scores, truth: Scores) -> float:
@@ -377,13 +385,13 @@ def _selector(numbers: Numbers, count: int) -> faiss.IDSelector:
     return selector
 
 
-def _faiss(index: faiss.Index | None) -> faiss.Index:
+def _faiss(index: Any) -> Any:
     if index is None:
         raise BackendError("a flat side has no FAISS index")
     return index
 
 
-def _read(path: Path, count: int, dim: int) -> faiss.Index:
+def _read(path: Path, count: int, dim: int) -> Any:
     index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
     if (index.ntotal, index.d) != (count, dim):
         raise BackendError(f"a FAISS index of {index.ntotal} x {index.d}, but {count} x {dim} are stored")
