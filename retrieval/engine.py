@@ -6,17 +6,19 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar
 from urllib.parse import quote
 
 import numpy as np
 
-from retrieval import analysis, filters
+from retrieval import analysis, confidence, filters
+from retrieval.confidence import Calibration, Calibrations
 from retrieval.errors import Conflict, InputError, Invalid, NotFound, RetrievalError, TooLarge
 from retrieval.filters import Filter
 from retrieval.fusion import Method
 from retrieval.pages import Cursor, Shelf, fingerprint
-from retrieval.retrievers import DEPTH, Dense, Fused, Lexical, Ontological, Reranked, stages, timed
+from retrieval.retrievers import DEPTH, Dense, Fused, Lexical, Ontological, Reranked, query_kind, stages, timed
 from retrieval.types import (
     Document,
     Encoder,
@@ -43,6 +45,7 @@ from retrieval.types import (
 LEGS = ("lexical", "dense", "image", "ontology")
 FIELDS = ("title", "text", "metadata")
 RUN_BATCH = 64
+CALIBRATION_QUERIES = 200
 ADD_BATCH = 256
 
 
@@ -71,6 +74,7 @@ class Request:
     weights: Mapping[str, float] | None = None
     group_by: str | None = None
     facets: Sequence[str] = ()
+    min_confidence: float | None = None
     exact: bool = False
     highlight: bool = True
     fields: Sequence[str] = FIELDS
@@ -92,6 +96,7 @@ class Parts(NamedTuple):
     linker: Linker | None = None
     findings_score: FindingsScore | None = None
     scorer: Scorer | None = None
+    calibrations: Calibrations = MappingProxyType({})
 
 
 class _Plan(NamedTuple):
@@ -179,8 +184,58 @@ class Engine:
         self.index.publish()
         return removed
 
+    def calibrate(self, pictures: Sequence[ImageSource] = (), n: int = CALIBRATION_QUERIES) -> Calibrations:
+        """What related and unrelated queries score in this collection, per kind and leg.
+
+        pictures: unrelated ones, since pictures cannot be made here.
+        """
+        snapshot = self.snapshot()
+        strangers = [Query(parts=(Part(text=text),)) for text in confidence.UNRELATED]
+        reports = [Query(parts=(replace(query.parts[0], kind="report"),)) for query in strangers]
+        samples = {
+            "text": (self._cuttings(snapshot, n, 8, "text"), strangers),
+            "report": (self._cuttings(snapshot, n, 40, "report"), reports),
+        }
+        if pictures and self._has_pictures(snapshot):
+            strange = [Query(parts=(Part(image=self.parts.read_picture(picture)),)) for picture in pictures]
+            samples["picture"] = (self._stored_pictures(snapshot, n), strange)
+        return {kind: self._calibrated(snapshot, *both) for kind, both in samples.items()}
+
     def close(self) -> None:
         self.index.close()
+
+    # --- calibration -----------------------------------------------------------------------------
+
+    def _cuttings(self, snapshot: Snapshot, n: int, words: int, kind: Literal["text", "report"]) -> list[Query]:
+        """Runs of words out of the collection's own documents."""
+        rng = np.random.default_rng(0)
+        documents = snapshot.fetch(snapshot.sample(n))
+        texts = [confidence.cut(document.content, words, rng) for document in documents if document is not None]
+        return [Query(parts=(Part(text=text, kind=kind),)) for text in texts if text is not None]
+
+    def _stored_pictures(self, snapshot: Snapshot, n: int) -> list[Query]:
+        """The collection's own pictures, each named after its document, which is not to find itself."""
+        space = self.parts.image_space or ""
+        ids = snapshot.sample(n)
+        rows, matrix = snapshot.vectors(space, "image", ids)
+        found = zip(rows.tolist(), matrix, strict=True)
+        return [Query(id=ids[row], parts=(Part(vectors={(space, "image"): vector}),)) for row, vector in found]
+
+    def _calibrated(
+        self, snapshot: Snapshot, related: Sequence[Query], unrelated: Sequence[Query]
+    ) -> dict[str, Calibration]:
+        if min(len(related), len(unrelated)) < confidence.MIN_SAMPLE:
+            return {}
+        both = [self._with_vectors(related), self._with_vectors(unrelated)]
+        out: dict[str, Calibration] = {}
+        for leg in (*self.legs(), confidence.HYBRID):  # hybrid last: it is calibrated on what the legs are sure of
+            retrieve = self.retriever(leg, snapshot)
+            best = [
+                [_best(leg, query, ranking, out) for query, ranking in zip(sample, retrieve(sample, 2), strict=True)]
+                for sample in both
+            ]
+            out[leg] = Calibration(*(sorted(scores) for scores in best))
+        return out
 
     # --- retrievers ------------------------------------------------------------------------------
 
@@ -371,6 +426,9 @@ class Engine:
         request, snapshot = plan.request, plan.snapshot
         asked = {part.id for part in request.query if part.id is not None}
         hits = [(place, hit) for place, hit in enumerate(ranking, 1) if hit.id not in asked]
+        if request.min_confidence is not None:
+            sure = self._confidences(plan, hits)
+            hits = [pair for pair, c in zip(hits, sure, strict=True) if c is not None and c >= request.min_confidence]
         groups: Mapping[str, Any] = {}
         if request.group_by:
             hits, groups = _grouped(hits, snapshot.values(request.group_by, [hit.id for _, hit in hits]))
@@ -381,8 +439,8 @@ class Engine:
         cursor = Cursor(snapshot.generation, snapshot.sequence, plan.fingerprint, offset).encode() if more else None
         return {
             "hits": [
-                self._hit(request, plan.query, place, hit, document) | {"group": groups.get(hit.id)}
-                for (place, hit), document in zip(page, documents, strict=True)
+                self._hit(plan, place, hit, document) | {"confidence": sure, "group": groups.get(hit.id)}
+                for (place, hit), sure, document in zip(page, self._confidences(plan, page), documents, strict=True)
                 if document is not None
             ],
             "facets": {path: _counts(snapshot.values(path, [hit.id for _, hit in hits])) for path in request.facets},
@@ -404,14 +462,18 @@ class Engine:
             page = [(place, hit) for place, hit in rest if hit.id in alive][: plan.request.k]
         return page, page[-1][0] if page else (rest[-1][0] if rest else plan.offset)
 
-    def _hit(self, request: Request, query: Query, place: int, hit: Hit, document: Document) -> dict[str, Any]:
-        leg = request.retriever.partition("+")[0]
-        parts = hit.parts or {leg: Share(place, hit.score, hit.score, 1.0)}
+    def _confidences(self, plan: _Plan, hits: Sequence[tuple[int, Hit]]) -> list[float | None]:
+        calibrations = self.parts.calibrations.get(query_kind(plan.query), {})
+        shares = [_shares(plan.request, place, hit) for place, hit in hits]
+        found = confidence.combined(shares, calibrations, _distinct_words(plan.query))
+        return [None] * len(hits) if found is None else [round(float(value), 4) for value in found]
+
+    def _hit(self, plan: _Plan, place: int, hit: Hit, document: Document) -> dict[str, Any]:
+        request = plan.request
         out: dict[str, Any] = {
             "id": hit.id,
             "score": hit.score,
-            "confidence": None,
-            "parts": {name: share._asdict() for name, share in parts.items()},
+            "parts": {name: share._asdict() for name, share in _shares(request, place, hit).items()},
         }
         if "title" in request.fields:
             out["title"] = document.title
@@ -421,7 +483,7 @@ class Engine:
             out["metadata"] = dict(document.meta)
         out["image_url"] = self._image_url(document)
         out["findings"] = self._findings(document)
-        out["highlights"] = _highlights(query, document) if request.highlight else {}
+        out["highlights"] = _highlights(plan.query, document) if request.highlight else {}
         return out
 
     def _image_url(self, document: Document) -> str | None:
@@ -457,18 +519,42 @@ def _check(request: Request) -> None:
         raise Invalid(f"k: got {request.k}, expected 1 to {DEPTH}", "k")
     if request.k > DEPTH:
         raise TooLarge(f"k: got {request.k}, the limit is {DEPTH}; use the cursor for more", "k")
+    if request.min_confidence is not None and not 0 <= request.min_confidence <= 1:
+        raise Invalid(f"min_confidence: got {request.min_confidence}, expected 0 to 1", "min_confidence")
     if unknown := set(request.fields) - set(FIELDS):
         raise Invalid(f"fields: got '{min(unknown)}', expected some of {', '.join(FIELDS)}", "fields")
 
 
 def _fingerprint(request: Request, where: Filter | None) -> str:
+    """Equal for requests with the same ranking, whatever page, facets and fields they ask for."""
     query = [(p.text, p.report, p.id, p.vector and tuple(p.vector), _digest(p.image), p.weight) for p in request.query]
-    weights = sorted((request.weights or {}).items())
-    return fingerprint(query, request.retriever, where, request.method, weights, request.group_by, request.exact)
+    fusion = (request.method, sorted((request.weights or {}).items()))
+    cut = (request.group_by, request.min_confidence, request.exact)
+    return fingerprint(query, request.retriever, where, fusion, cut)
 
 
 def _digest(image: ImageSource | None) -> str | None:
     return image.digest if isinstance(image, Picture) else fingerprint(image)
+
+
+def _shares(request: Request, place: int, hit: Hit) -> Mapping[str, Share]:
+    """A hit's parts; a single leg is its own only part, with its raw score."""
+    return hit.parts or {request.retriever.partition("+")[0]: Share(place, hit.score, hit.score, 1.0)}
+
+
+def _best(leg: str, query: Query, ranking: Ranking, calibrations: Mapping[str, Calibration]) -> float:
+    """What the best hit besides the query itself scores, as `confidence.combined` will look at it."""
+    hit = next((hit for hit in ranking if hit.id != query.id), None)
+    if hit is None:
+        return 0.0
+    if leg == confidence.HYBRID:
+        sure = confidence.combined([hit.parts], calibrations, _distinct_words(query))
+        return 0.0 if sure is None else float(sure[0])
+    return hit.score / _distinct_words(query) if leg == "lexical" else hit.score
+
+
+def _distinct_words(query: Query) -> int:
+    return max(1, len({word for part in query.parts for word in analysis.tokens(part.text)}))
 
 
 def _grouped(

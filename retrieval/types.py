@@ -256,6 +256,9 @@ class Snapshot(Protocol):
     def image(self, id: str) -> bytes | None:
         """The rendered picture (PNG), or None."""
 
+    def sample(self, n: int) -> list[str]:
+        """Up to `n` ids, spread over the collection, the same ones for the same state."""
+
     def values(self, field: str, ids: Sequence[str]) -> list[Any]:
         """Metadata values at a dotted path, None where missing: for facets and grouping."""
 

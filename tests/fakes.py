@@ -143,6 +143,9 @@ class MemoryIndex:
     def image(self, id: str) -> bytes | None:
         return None
 
+    def sample(self, n: int) -> list[str]:
+        return list(self._published)[:: max(1, -(-len(self) // n))]
+
     def values(self, field: str, ids: Sequence[str]) -> list[Any]:
         out: list[Any] = []
         for id in ids:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -201,3 +202,33 @@ def test_a_run_takes_the_same_path_as_a_search() -> None:
     e = engine()
     run = e.run([Query(id="q", parts=(Part(text="edema"),))], "hybrid")
     assert [hit.id for hit in run["q"]] == ids(e.search(ask("edema", k=4)))
+
+
+WORDS = "lung heart rib film left right upper lower lobe apex base hilum aorta spine node scar mass".split()  # noqa: SIM905
+
+
+def shuffled(n: int) -> str:
+    return " ".join(np.random.default_rng(n).permutation(WORDS)[:12])
+
+
+def test_confidence_tells_what_is_in_the_collection_from_what_is_not() -> None:
+    e = engine([Document(id=f"{n:02}", text=shuffled(n)) for n in range(40)])
+    e.parts = e.parts._replace(calibrations=e.calibrate())
+    for retriever in ("lexical", "dense", "hybrid"):
+        near = e.search(ask(" ".join(shuffled(3).split()[:8]), retriever=retriever))["hits"][0]
+        far = e.search(ask("recipe for vegetable curry", retriever=retriever))["hits"]
+        assert near["confidence"] > 0.5
+        assert all(hit["confidence"] < 0.5 for hit in far)
+
+
+def test_nothing_relevant_is_an_answer() -> None:
+    e = engine([Document(id=f"{n:02}", text=shuffled(n)) for n in range(40)])
+    e.parts = e.parts._replace(calibrations=e.calibrate())
+    assert ids(e.search(ask("lyrics of a song", min_confidence=0.5))) == []
+    assert "03" in ids(e.search(ask(shuffled(3), min_confidence=0.5)))
+
+
+def test_a_collection_too_small_to_calibrate_gives_no_confidence() -> None:
+    e = engine()
+    e.parts = e.parts._replace(calibrations=e.calibrate())
+    assert e.search(ask())["hits"][0]["confidence"] is None
