@@ -18,13 +18,6 @@ RRF_K = 60  # Cormack, Clarke and Buettcher, SIGIR 2009
 
 Weights = Mapping[str, float]  # leg -> weight
 
-# What a collection fuses with until `lightbox tune` learns its own, per kind of query.
-SHIPPED: Mapping[str, Weights] = {
-    "text": {"lexical": 0.5, "dense": 0.5, "image": 0.5, "ontology": 0.5},
-    "report": {"lexical": 0.5, "dense": 0.5, "image": 0.5, "ontology": 0.5},
-    "picture": {"lexical": 0.2, "dense": 0.4, "image": 0.6, "ontology": 0.2},
-}
-
 
 def fuse(legs: Mapping[str, Ranking], weights: Weights, k: int, method: Method = "minmax") -> Ranking:
     """The best `k` of several rankings.
