@@ -1,0 +1,320 @@
+"""Whether a text affirms, denies or doubts what it mentions: ConText-style scopes over cue phrases.
+
+A cue opens a scope over its clause (Harkema et al. 2009). A clause ends with its sentence, with a word such as
+"but", and where a list turns into a statement of its own: "no effusion, heart is enlarged". Which cues there
+are, and in which direction they work, is data (`triggers/triggers.txt`).
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_right
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from ontology.cues import Cue, Role, find, misplaced, words
+from ontology.sentences import sentences
+from retrieval.types import Assertion
+
+_FINITE = frozenset(
+    "is are was were has have had does did shows show showed demonstrates demonstrate appears appear remains remain "
+    "persists persist developed develops became becomes continues continued reports presents presented underwent "
+    "received started complains stayed looks looked measures measured extends suggests suggest represents "
+    "represent may might could can will would should".split()
+)
+_EXISTS = frozenset(
+    "seen identified noted present demonstrated visualized visualised evident appreciated detected found observed "
+    "apparent visible shown suspected reported palpable".split()
+)
+_SUBJECTS = frozenset("there he she it they we i patient pt".split())
+# A list of things denied is bare; what comes with an article, a size or a course is stated.
+_STATED = frozenset(
+    "a an mild mildly moderate moderately minimal minimally small stable unchanged persistent persisting trace tiny "
+    "mild-to-moderate slight slightly low lower decreased worsening improved improving increasing bibasilar "
+    "multiple several some severe severely residual interval".split()
+)
+_SIDED = frozenset("left right bilateral bilaterally".split())
+_LINKS = frozenset("or nor and/or".split())
+_PRONOUNS = frozenset("this that it these those they which all both none each either who now then later".split())
+_AUXILIARIES = frozenset(
+    "is are was were be been being seems appears appear remains remain felt thought considered deemed judged believed "
+    "also very highly still clinically radiographically highly therefore most has have had".split()
+)
+_NEAR = 4  # words that a near cue reaches over
+_FAR_BACK = 14  # words that a cue behind the finding reaches back over
+_PREFIX = re.compile(r"(?:\b(?:non|no|not)-?|\bnon )$", re.I)
+_INSIDE = frozenset(["not", "no", "without"])
+
+_SECTION = re.compile(
+    r"(?im)(?:^|(?<=[.;:?]\s)|(?<=\n))[ \t]*(?:"
+    r"(?P<reason>(?:clinical |patient |medical )?(?:indications?|information|data|question|statement)"
+    r"|reason for (?:the )?(?:exam|examination|study|visit|referral|this exam\w*|procedure|test|consult\w*)"
+    r"|(?:clinical|patient|relevant|pertinent|brief) history|history|provided history|ordering diagnosis"
+    r"|clinical (?:history|indication)s?(?:/|\s+and\s+)\w+|indication/history|signs? (?:and|/) symptoms?"
+    r"|rule out|admitting diagnosis|preoperative diagnosis)"
+    r"|(?P<family>family (?:medical )?history|fh|fhx|fam hx)"
+    r"|(?P<other>[a-z][a-z /&,()-]{1,48}))[ \t]*(?::(?!\d)|[ \t]-[ \t]|(?=\r?\n))"
+)
+_RELATIVE = re.compile(
+    r"\b(?:mother|father|brother|sister|aunt|uncle|grandmother|grandfather|grandparents?|cousin|sibling|parents?"
+    r"|mom|dad|son|daughter|relatives?|family history|maternal|paternal|roommate)s?\b(?!['’]?s? (?:states|says|reports|noted"
+    r"|stated|reported|denies|brought|notes))(?=[^.;]*\b(?:had|has|with|died|of|who|history|also|have|diagnosed)\b)",
+    re.I,
+)
+_PAST = re.compile(
+    r"\b(?:history of|h/o|hx of|hx|prior|previous|previously|status post|s/p|old|past)\W+(?:\w+\W+){0,4}$", re.I
+)
+
+
+class Reading(NamedTuple):
+    """What a text says of one span, and the cue that decided it ("" where none did).
+
+    An affirmed reading has a cue where the text speaks of the past ("past").
+    """
+
+    assertion: Assertion
+    cue: str
+
+
+def assertions(text: str, spans: Sequence[tuple[int, int]]) -> list[Assertion]:
+    """One assertion per span of character offsets, in the order given.
+
+    >>> text = "No effusion, pneumothorax or edema. Possible nodule; cardiomegaly."
+    >>> targets = ["effusion", "pneumothorax", "edema", "nodule", "cardiomegaly"]
+    >>> spans = [(text.index(word), text.index(word) + len(word)) for word in targets]
+    >>> [str(assertion) for assertion in assertions(text, spans)]
+    ['negated', 'negated', 'negated', 'uncertain', 'affirmed']
+    """
+    return [reading.assertion for reading in readings(text, spans)]
+
+
+def readings(text: str, spans: Sequence[tuple[int, int]]) -> list[Reading]:
+    """As `assertions`, with the cue that decided."""
+    if not spans:
+        return []
+    ranges = sentences(text, spans)
+    starts = [start for start, _ in ranges]
+    sections = _sections(text)
+    parsed: dict[int, _Sentence] = {}
+    found = []
+    for span in spans:
+        number = max(0, bisect_right(starts, span[0]) - 1)
+        if number not in parsed:
+            start, end = ranges[number] if ranges else (0, len(text))
+            parsed[number] = _Sentence(text, start, end)
+        found.append(_in_context(text, span, parsed[number], sections))
+    return found
+
+
+def _sections(text: str) -> list[tuple[int, str]]:
+    """Where sections start, and of which kind: reason, family or other."""
+    found: list[tuple[int, str]] = []
+    if ":" not in text and "\n" not in text:
+        return found
+    for match in _SECTION.finditer(text):
+        found.append((match.end(), str(match.lastgroup)))
+    return found
+
+
+def _in_context(text: str, span: tuple[int, int], sentence: _Sentence, sections: list[tuple[int, str]]) -> Reading:
+    reading = sentence.reading(span)
+    if reading.assertion is not Assertion.affirmed:
+        return reading
+    at = bisect_right(sections, (span[0], "~")) - 1
+    if at >= 0 and sections[at][1] != "other" and "\n\n" not in text[sections[at][0] : span[0]].lstrip():
+        return Reading(Assertion.uncertain, sections[at][1])
+    before = text[sentence.start : span[0]]
+    if _RELATIVE.search(before):
+        return Reading(Assertion.uncertain, "family")
+    return Reading(Assertion.affirmed, "past") if _PAST.search(before) else reading
+
+
+class _Sentence:
+    """The words and cues of one sentence, and what they say of a span in it."""
+
+    def __init__(self, text: str, start: int, end: int) -> None:
+        self.text = text
+        self.start = start
+        self.words = words(text, start, end)
+        self.ends = [word.end for word in self.words]
+        self.cues = find(self.words)
+
+    def reading(self, span: tuple[int, int]) -> Reading:
+        target = self._target(span)
+        if self._prefixed(span, target):
+            return Reading(Assertion.negated, "non")
+        cues = self.cues
+        if any(cue.start < target.stop and target.start < cue.end for cue in cues):
+            cues = find(self.words, target)
+        before = self._before(target, cues)
+        after = self._after(target, cues)
+        return _decide(before, after)
+
+    def _target(self, span: tuple[int, int]) -> range:
+        """The words that the span touches."""
+        first = bisect_right(self.ends, span[0])
+        last = first
+        while last < len(self.words) and self.words[last].start < span[1]:
+            last += 1
+        return range(first, last)
+
+    def _prefixed(self, span: tuple[int, int], target: range) -> bool:
+        if _PREFIX.search(self.text, max(0, span[0] - 5), span[0]) and self.text[span[0] - 1] != " ":
+            return True
+        return any(self.words[at].text in _INSIDE for at in target[1:])
+
+    def _before(self, target: range, cues: list[Cue]) -> list[tuple[Role, str, bool]]:
+        """Cues before the target whose scope reaches it, nearest first; the flag says that a list lies between."""
+        found = []
+        for cue in reversed([cue for cue in cues if cue.end <= target.start]):
+            if cue.roles[0].where == "stop":
+                break
+            for role in cue.roles:
+                if role.where == "pre" and self._reaches(cue, role, target):
+                    found.append((role, cue.text, self._separated(cue.end, target.start)))
+        return found
+
+    def _after(self, target: range, cues: list[Cue]) -> list[tuple[Role, str, bool]]:
+        found = []
+        for number, cue in enumerate(cues):
+            if cue.start < target.stop:
+                continue
+            if cue.roles[0].where == "stop":
+                if not self._continues(cue, cues[number + 1 : number + 2]):
+                    break
+                continue
+            for role in cue.roles:
+                if role.where == "post" and self._reached_back(cue, role, target):
+                    found.append((role, cue.text, self._separated(target.stop, cue.start)))
+        return found
+
+    def _continues(self, stop: Cue, following: list[Cue]) -> bool:
+        """ "pneumonia, which was ruled out", "possible pneumonia, but this was ruled out"."""
+        if not following or following[0].roles[0].where == "stop":
+            return False
+        between = self.words[stop.end : following[0].start]
+        return all(word.text in _PRONOUNS or word.text == "," for word in between)
+
+    def _separated(self, start: int, end: int) -> bool:
+        return any(word.text in (",", "and", ";", "with") for word in self.words[start:end])
+
+    def _reaches(self, cue: Cue, role: Role, target: range) -> bool:
+        between = range(cue.end, target.start)
+        if len(cue.roles) > 1 and any(r.where == "post" for r in cue.roles):
+            if cue.end < len(self.words) and self.words[cue.end].text in ",;.)" and cue.text != "versus":
+                return False
+        if role.reach == "near":
+            ends = (",", ";", "with", "and", "or", "in", "of", ":", ")", "for")
+            return len(between) <= _NEAR and not any(self.words[at].text in ends for at in between)
+        return not any(self._closes(at, cue, role, target) for at in between)
+
+    def _closes(self, at: int, cue: Cue, role: Role, target: range) -> bool:
+        """True where the word at `at`, between a cue and a target behind it, ends the cue's clause."""
+        text = self.words[at].text
+        if text in (";", "-", "?"):
+            return True
+        if text == ")":
+            return not any(self.words[i].text == "(" for i in range(cue.end, at))
+        if text == ":":
+            return at != cue.end and self.words[at - 1].text not in ("following", "for", "of")
+        if text in (",", "and", "(", "with", "plus"):
+            return self._new_clause(at + 1, role, target)
+        return False
+
+    def _new_clause(self, start: int, role: Role, target: range) -> bool:
+        """True where a statement of its own starts at word `start`, rather than the next item of a list."""
+        opener = self.words[start - 1].text
+        while start < target.start and self.words[start].text in ("and", ","):
+            start += 1
+        first = self.words[start].text if start < len(self.words) else ""
+        if first in _LINKS:
+            return False
+        if first in _SUBJECTS or first in ("with", "but") and opener != "with":
+            return True
+        if first in _FINITE or (first in ("now", "also", "then") and start < target.start):
+            return start < target.start
+        end = self._segment_end(target.stop)
+        listed = any(word.text in _LINKS for word in self.words[target.stop : self._clause_end(target.stop)])
+        verb = next((i for i in range(start, end) if self.words[i].text in _FINITE and i not in target), None)
+        stated = first in _STATED and not listed
+        if opener == "with":
+            return stated
+        if verb is None:
+            return stated
+        if verb < target.start:
+            return True
+        exists = any(self.words[i].text in _EXISTS for i in range(verb, min(verb + 4, len(self.words))))
+        denied = any(self.words[i].text in ("not", "no") for i in range(verb, min(verb + 3, len(self.words))))
+        return denied or not exists or stated or (first in _SIDED and not listed)
+
+    def _segment_end(self, at: int) -> int:
+        while at < len(self.words) and self.words[at].text not in (",", ";", "and", "but"):
+            at += 1
+        return at
+
+    def _clause_end(self, at: int) -> int:
+        while at < len(self.words) and self.words[at].text not in (";", "but", "however"):
+            at += 1
+        return at
+
+    def _reached_back(self, cue: Cue, role: Role, target: range) -> bool:
+        between = self._between(target, cue)
+        if len(between) > _FAR_BACK or ";" in between or "-" in between:
+            return False
+        if misplaced(role, self.words, cue.end) or (role.reach == "near" and between):
+            return False
+        if (
+            between
+            and between[-1] in ("and", "or", ",", "with", "no", "to")
+            and cue.text not in ("versus", "vs", "and/or")
+        ):
+            return between[-1] == "," and role.reach == "clause" and len(between) == 1
+        if any(word in _FINITE or word in ("with", "without", "no", "for", "from", ":") for word in between):
+            return False
+        if "(" in between and ")" not in between:
+            return False
+        return not any(w in (",", "and") for w in between) or not self._stated_before(target)
+
+    def _between(self, target: range, cue: Cue) -> list[str]:
+        """The words between, less "is" before an adjective and less the "which" or "but this" that takes the target up."""
+        between = [self.words[at].text for at in range(target.stop, cue.start)]
+        while between and between[-1] in _AUXILIARIES:
+            between.pop()
+        if between and between[-1] in _PRONOUNS | {"but", "however"}:
+            while between and (between[-1] in _PRONOUNS or between[-1] in ("but", "however", ",")):
+                between.pop()
+        return between
+
+    def _stated_before(self, target: range) -> bool:
+        """True where the clause has a verb before the target: what follows an "and" is then no longer its subject."""
+        at = target.start - 1
+        while at >= 0 and self.words[at].text not in (";", ","):
+            if self.words[at].text in _FINITE or self.words[at].text == "with":
+                return True
+            at -= 1
+        return False
+
+
+def _decide(before: list[tuple[Role, str, bool]], after: list[tuple[Role, str, bool]]) -> Reading:
+    """The nearer clause speaks first; within one clause a denial outweighs a doubt."""
+    close = [item for item in after if not item[2]]
+    if close and before and all(item[2] for item in before):
+        before = []
+    for what in (Assertion.negated, Assertion.uncertain):
+        if what is Assertion.negated and _doubted(before, after):
+            continue
+        for role, text, _ in [*before, *after]:
+            if role.what == what.value:
+                return Reading(what, text)
+    return Reading(Assertion.affirmed, "")
+
+
+def _doubted(before: list[tuple[Role, str, bool]], after: list[tuple[Role, str, bool]]) -> bool:
+    """ "No effusion, although small effusion cannot be excluded": a doubt behind beats a denial before."""
+    post = [role.what for role, _, _ in after]
+    return (
+        bool(post)
+        and "negated" not in post
+        and any("exclu" in t or "ruled" in t for _, t, _ in after)
+        and bool(before)
+    )
