@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 from urllib.parse import quote
 
 import numpy as np
 
-from retrieval import analysis, confidence, filters
-from retrieval.confidence import Calibration, Calibrations
-from retrieval.errors import Conflict, InputError, Invalid, NotFound, RetrievalError, TooLarge
+from retrieval import confidence, filters
+from retrieval.answers import counts, distinct_words, grouped, highlights, shares
+from retrieval.confidence import Calibrations
+from retrieval.errors import Conflict, InputError, Invalid, NotFound, RetrievalError
 from retrieval.filters import Filter
 from retrieval.fusion import Method
-from retrieval.pages import Cursor, Shelf, fingerprint
+from retrieval.pages import Cursor, Shelf
+from retrieval.request import Answer, Request, RequestPart, check, fingerprint
 from retrieval.retrievers import DEPTH, Dense, Fused, Lexical, Ontological, Reranked, query_kind, stages, timed
 from retrieval.types import (
     Document,
@@ -36,53 +37,17 @@ from retrieval.types import (
     Retriever,
     Run,
     Scorer,
-    Share,
     Side,
     Snapshot,
     Vector,
 )
 
-LEGS = ("lexical", "dense", "image", "ontology")
-FIELDS = ("title", "text", "metadata")
-RUN_BATCH = 64
-CALIBRATION_QUERIES = 200
-ADD_BATCH = 256
-
-
-@dataclass(frozen=True, kw_only=True)
-class RequestPart:
-    """One part of what a user sends; exactly one of text, report, image, id and vector."""
-
-    text: str | None = None
-    report: str | None = None
-    image: ImageSource | None = None
-    id: str | None = None
-    vector: Sequence[float] | None = None
-    weight: float = 1.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """A search as interface.md §4 words it."""
-
-    query: Sequence[RequestPart]
-    retriever: str = "hybrid"
-    k: int = 10
-    cursor: str | None = None
-    where: Mapping[str, Any] | None = None
-    method: Method = "minmax"
-    weights: Mapping[str, float] | None = None
-    group_by: str | None = None
-    facets: Sequence[str] = ()
-    min_confidence: float | None = None
-    exact: bool = False
-    highlight: bool = True
-    fields: Sequence[str] = FIELDS
-
-
 P = ParamSpec("P")
 T = TypeVar("T")
-Answer = dict[str, Any]  # the JSON object of interface.md §4
+
+LEGS = ("lexical", "dense", "image", "ontology")
+RUN_BATCH = 64
+ADD_BATCH = 256
 
 
 class Parts(NamedTuple):
@@ -110,7 +75,7 @@ class _Plan(NamedTuple):
     fingerprint: str
 
 
-@dataclass
+@dataclass(eq=False)
 class Engine:
     """One collection, ready to answer. Thread-safe: searches share nothing but the index and the shelf."""
 
@@ -135,7 +100,7 @@ class Engine:
         token = stages.set(spent)
         try:
             plans = [_caught(self._plan, request) for request in requests]
-            ready = self._encoded([plan for plan in plans if isinstance(plan, _Plan)])
+            ready = self._with_vectors([plan for plan in plans if isinstance(plan, _Plan)])
             answers = iter(
                 [self._answered(plan, result) for plan, result in zip(ready, self._rank(ready), strict=True)]
             )
@@ -161,7 +126,7 @@ class Engine:
         retrieve = self.retriever(retriever, self.snapshot(), weights=weights)
         run: Run = {}
         for start in range(0, len(queries), RUN_BATCH):
-            batch = self._with_vectors(queries[start : start + RUN_BATCH])
+            batch = self.encoded(queries[start : start + RUN_BATCH])
             for query, ranking in zip(batch, retrieve(batch, k), strict=True):
                 run[query.id] = ranking
             if progress is not None:
@@ -184,58 +149,8 @@ class Engine:
         self.index.publish()
         return removed
 
-    def calibrate(self, pictures: Sequence[ImageSource] = (), n: int = CALIBRATION_QUERIES) -> Calibrations:
-        """What related and unrelated queries score in this collection, per kind and leg.
-
-        pictures: unrelated ones, since pictures cannot be made here.
-        """
-        snapshot = self.snapshot()
-        strangers = [Query(parts=(Part(text=text),)) for text in confidence.UNRELATED]
-        reports = [Query(parts=(replace(query.parts[0], kind="report"),)) for query in strangers]
-        samples = {
-            "text": (self._cuttings(snapshot, n, 8, "text"), strangers),
-            "report": (self._cuttings(snapshot, n, 40, "report"), reports),
-        }
-        if pictures and self._has_pictures(snapshot):
-            strange = [Query(parts=(Part(image=self.parts.read_picture(picture)),)) for picture in pictures]
-            samples["picture"] = (self._stored_pictures(snapshot, n), strange)
-        return {kind: self._calibrated(snapshot, *both) for kind, both in samples.items()}
-
     def close(self) -> None:
         self.index.close()
-
-    # --- calibration -----------------------------------------------------------------------------
-
-    def _cuttings(self, snapshot: Snapshot, n: int, words: int, kind: Literal["text", "report"]) -> list[Query]:
-        """Runs of words out of the collection's own documents."""
-        rng = np.random.default_rng(0)
-        documents = snapshot.fetch(snapshot.sample(n))
-        texts = [confidence.cut(document.content, words, rng) for document in documents if document is not None]
-        return [Query(parts=(Part(text=text, kind=kind),)) for text in texts if text is not None]
-
-    def _stored_pictures(self, snapshot: Snapshot, n: int) -> list[Query]:
-        """The collection's own pictures, each named after its document, which is not to find itself."""
-        space = self.parts.image_space or ""
-        ids = snapshot.sample(n)
-        rows, matrix = snapshot.vectors(space, "image", ids)
-        found = zip(rows.tolist(), matrix, strict=True)
-        return [Query(id=ids[row], parts=(Part(vectors={(space, "image"): vector}),)) for row, vector in found]
-
-    def _calibrated(
-        self, snapshot: Snapshot, related: Sequence[Query], unrelated: Sequence[Query]
-    ) -> dict[str, Calibration]:
-        if min(len(related), len(unrelated)) < confidence.MIN_SAMPLE:
-            return {}
-        both = [self._with_vectors(related), self._with_vectors(unrelated)]
-        out: dict[str, Calibration] = {}
-        for leg in (*self.legs(), confidence.HYBRID):  # hybrid last: it is calibrated on what the legs are sure of
-            retrieve = self.retriever(leg, snapshot)
-            best = [
-                [_best(leg, query, ranking, out) for query, ranking in zip(sample, retrieve(sample, 2), strict=True)]
-                for sample in both
-            ]
-            out[leg] = Calibration(*(sorted(scores) for scores in best))
-        return out
 
     # --- retrievers ------------------------------------------------------------------------------
 
@@ -279,7 +194,7 @@ class Engine:
                 f"fusion.weights: no leg '{min(unknown)}', this collection has {', '.join(have)}", "fusion.weights"
             )
         if base == "hybrid":
-            legs = [leg for leg in have if leg != "image" or self._has_pictures(snapshot)]
+            legs = [leg for leg in have if leg != "image" or self.has_pictures(snapshot)]
             by_kind = dict.fromkeys(self.parts.weights, weights) if weights else self.parts.weights
             first: Retriever = Fused({leg: self._leg(leg, snapshot, exact) for leg in legs}, by_kind, method)
         else:
@@ -306,18 +221,19 @@ class Engine:
         ties = Dense(snapshot, encoders["text"]) if "text" in encoders else None
         return Ontological(snapshot, self.parts.linker, self.parts.findings_score, ties)
 
-    def _has_pictures(self, snapshot: Snapshot) -> bool:
+    def has_pictures(self, snapshot: Snapshot) -> bool:
+        """Whether `image` would find more than `dense` does."""
         return snapshot.sides.get((self.parts.image_space or "", "image"), 0) > 0
 
     # --- from request to plan --------------------------------------------------------------------
 
     def _plan(self, request: Request) -> _Plan:
         where = filters.parse(request.where)
-        _check(request)
+        check(request)
         latest = self.snapshot()
         self.shelf.keep(latest)
         query = Query(parts=tuple(self._part(part, i, latest) for i, part in enumerate(request.query)))
-        print_ = _fingerprint(request, where)
+        print_ = fingerprint(request, where)
         if request.cursor is None:
             return _Plan(request, query, where, latest, 0, print_)
         cursor = Cursor.decode(request.cursor, print_)
@@ -383,11 +299,11 @@ class Engine:
 
     # --- from plan to answer ---------------------------------------------------------------------
 
-    def _encoded(self, plans: Sequence[_Plan]) -> list[_Plan]:
-        queries = self._with_vectors([plan.query for plan in plans])
+    def _with_vectors(self, plans: Sequence[_Plan]) -> list[_Plan]:
+        queries = self.encoded([plan.query for plan in plans])
         return [plan._replace(query=query) for plan, query in zip(plans, queries, strict=True)]
 
-    def _with_vectors(self, queries: Sequence[Query]) -> list[Query]:
+    def encoded(self, queries: Sequence[Query]) -> list[Query]:
         """Every part encoded once per space, all queries in one call, whichever legs will use the vectors."""
         parts = [part for query in queries for part in query.parts]
         vectors: list[dict[tuple[str, Side], Vector]] = [dict(part.vectors) for part in parts]
@@ -431,7 +347,7 @@ class Engine:
             hits = [pair for pair, c in zip(hits, sure, strict=True) if c is not None and c >= request.min_confidence]
         groups: Mapping[str, Any] = {}
         if request.group_by:
-            hits, groups = _grouped(hits, snapshot.values(request.group_by, [hit.id for _, hit in hits]))
+            hits, groups = grouped(hits, snapshot.values(request.group_by, [hit.id for _, hit in hits]))
         with timed("fetch"):
             page, offset = self._page(hits, plan)
             documents = snapshot.fetch([hit.id for _, hit in page])
@@ -443,12 +359,24 @@ class Engine:
                 for (place, hit), sure, document in zip(page, self._confidences(plan, page), documents, strict=True)
                 if document is not None
             ],
-            "facets": {path: _counts(snapshot.values(path, [hit.id for _, hit in hits])) for path in request.facets},
+            "facets": {path: counts(snapshot.values(path, [hit.id for _, hit in hits])) for path in request.facets},
             "total": {"value": len(hits), "relation": "gte" if len(ranking) >= DEPTH else "eq"},
             "exact": ranking.exact,
             "recall": round(ranking.recall, 4),
             "generation": snapshot.generation,
             "cursor": cursor,
+            **({"explanation": self._explanation(plan)} if request.explain else {}),
+        }
+
+    def _explanation(self, plan: _Plan) -> dict[str, Any]:
+        """What the whole answer rests on; why a single hit is there stands in its parts."""
+        r, kind = plan.request, query_kind(plan.query)
+        return {
+            "retriever": repr(self.retriever(r.retriever, plan.snapshot, r.method, r.weights, r.exact)),
+            "kind": kind,
+            "weights": dict(r.weights or self.parts.weights.get(kind, {})),
+            "encoders": {space: dict(encoder.digests) for space, encoder in self.parts.encoders.items()},
+            "sequence": plan.snapshot.sequence,
         }
 
     def _page(self, hits: Sequence[tuple[int, Hit]], plan: _Plan) -> tuple[list[tuple[int, Hit]], int]:
@@ -464,8 +392,8 @@ class Engine:
 
     def _confidences(self, plan: _Plan, hits: Sequence[tuple[int, Hit]]) -> list[float | None]:
         calibrations = self.parts.calibrations.get(query_kind(plan.query), {})
-        shares = [_shares(plan.request, place, hit) for place, hit in hits]
-        found = confidence.combined(shares, calibrations, _distinct_words(plan.query))
+        parts = [shares(plan.request, place, hit) for place, hit in hits]
+        found = confidence.combined(parts, calibrations, distinct_words(plan.query))
         return [None] * len(hits) if found is None else [round(float(value), 4) for value in found]
 
     def _hit(self, plan: _Plan, place: int, hit: Hit, document: Document) -> dict[str, Any]:
@@ -473,7 +401,7 @@ class Engine:
         out: dict[str, Any] = {
             "id": hit.id,
             "score": hit.score,
-            "parts": {name: share._asdict() for name, share in _shares(request, place, hit).items()},
+            "parts": {name: share._asdict() for name, share in shares(request, place, hit).items()},
         }
         if "title" in request.fields:
             out["title"] = document.title
@@ -483,7 +411,7 @@ class Engine:
             out["metadata"] = dict(document.meta)
         out["image_url"] = self._image_url(document)
         out["findings"] = self._findings(document)
-        out["highlights"] = _highlights(plan.query, document) if request.highlight else {}
+        out["highlights"] = highlights(plan.query, document) if request.highlight else {}
         return out
 
     def _image_url(self, document: Document) -> str | None:
@@ -510,81 +438,3 @@ def _caught(call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | Retr
         return call(*args, **kwargs)
     except RetrievalError as error:
         return error
-
-
-def _check(request: Request) -> None:
-    if not request.query:
-        raise Invalid("query: got no part, expected at least one", "query")
-    if request.k < 1:
-        raise Invalid(f"k: got {request.k}, expected 1 to {DEPTH}", "k")
-    if request.k > DEPTH:
-        raise TooLarge(f"k: got {request.k}, the limit is {DEPTH}; use the cursor for more", "k")
-    if request.min_confidence is not None and not 0 <= request.min_confidence <= 1:
-        raise Invalid(f"min_confidence: got {request.min_confidence}, expected 0 to 1", "min_confidence")
-    if unknown := set(request.fields) - set(FIELDS):
-        raise Invalid(f"fields: got '{min(unknown)}', expected some of {', '.join(FIELDS)}", "fields")
-
-
-def _fingerprint(request: Request, where: Filter | None) -> str:
-    """Equal for requests with the same ranking, whatever page, facets and fields they ask for."""
-    query = [(p.text, p.report, p.id, p.vector and tuple(p.vector), _digest(p.image), p.weight) for p in request.query]
-    fusion = (request.method, sorted((request.weights or {}).items()))
-    cut = (request.group_by, request.min_confidence, request.exact)
-    return fingerprint(query, request.retriever, where, fusion, cut)
-
-
-def _digest(image: ImageSource | None) -> str | None:
-    return image.digest if isinstance(image, Picture) else fingerprint(image)
-
-
-def _shares(request: Request, place: int, hit: Hit) -> Mapping[str, Share]:
-    """A hit's parts; a single leg is its own only part, with its raw score."""
-    return hit.parts or {request.retriever.partition("+")[0]: Share(place, hit.score, hit.score, 1.0)}
-
-
-def _best(leg: str, query: Query, ranking: Ranking, calibrations: Mapping[str, Calibration]) -> float:
-    """What the best hit besides the query itself scores, as `confidence.combined` will look at it."""
-    hit = next((hit for hit in ranking if hit.id != query.id), None)
-    if hit is None:
-        return 0.0
-    if leg == confidence.HYBRID:
-        sure = confidence.combined([hit.parts], calibrations, _distinct_words(query))
-        return 0.0 if sure is None else float(sure[0])
-    return hit.score / _distinct_words(query) if leg == "lexical" else hit.score
-
-
-def _distinct_words(query: Query) -> int:
-    return max(1, len({word for part in query.parts for word in analysis.tokens(part.text)}))
-
-
-def _grouped(
-    hits: Sequence[tuple[int, Hit]], values: Sequence[Any]
-) -> tuple[list[tuple[int, Hit]], dict[str, dict[str, Any]]]:
-    """The best hit of every group; a document without a value is a group of its own."""
-    kept: list[tuple[int, Hit]] = []
-    groups: dict[str, dict[str, Any]] = {}
-    leaders: dict[str, str] = {}
-    for (place, hit), value in zip(hits, values, strict=True):
-        key = repr(value) if value is not None else f"id {hit.id}"
-        if key in leaders:
-            groups[leaders[key]]["size"] += 1
-            continue
-        leaders[key] = hit.id
-        groups[hit.id] = {"value": value, "size": 1}
-        kept.append((place, hit))
-    return kept, groups
-
-
-def _counts(values: Sequence[Any]) -> list[dict[str, Any]]:
-    """Values with counts, most frequent first; the values of a list count one each."""
-    flat = [v for value in values for v in (value if isinstance(value, list) else [value]) if v is not None]
-    counts = Counter((type(v).__name__, v) for v in flat if isinstance(v, str | int | float | bool))
-    ordered = sorted(counts.items(), key=lambda x: (-x[1], str(x[0][1])))
-    return [{"value": value, "count": count} for (_, value), count in ordered]
-
-
-def _highlights(query: Query, document: Document) -> dict[str, list[list[int]]]:
-    wanted = " ".join(part.text for part in query.parts if part.text and part.weight > 0)
-    fields = {"title": document.title, "text": document.text}
-    found = {name: analysis.highlights(text, wanted) for name, text in fields.items() if text}
-    return {name: [list(span) for span in spans] for name, spans in found.items() if spans}

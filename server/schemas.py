@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
-from retrieval.engine import FIELDS, Request, RequestPart
 from retrieval.errors import Invalid
+from retrieval.request import Request, RequestPart
 
 MAX_TEXT = 100_000  # characters of one text or report
 MAX_PARTS = 32
@@ -35,7 +35,9 @@ class QueryPart(Strict):
 
     def part(self, position: int, files: Mapping[str, bytes]) -> RequestPart:
         """`files`: the multipart file fields that an image may name."""
-        image = None if self.image is None else files.get(self.image) or decoded(self.image, f"query[{position}].image")
+        image = (
+            None if self.image is None else files.get(self.image) or decoded(self.image, f"query[{position}].image")
+        )
         return RequestPart(
             text=self.text, report=self.report, image=image, id=self.id, vector=self.vector, weight=self.weight
         )
@@ -55,7 +57,10 @@ class Search(Strict):
         json_schema_extra={
             "examples": [
                 {"query": [{"text": "small left effusion"}], "k": 5},
-                {"query": [{"text": "enlarged heart"}, {"id": "CXR12", "weight": -0.3}], "where": {"projection": "ap"}},
+                {
+                    "query": [{"text": "enlarged heart"}, {"id": "CXR12", "weight": -0.3}],
+                    "where": {"projection": "ap"},
+                },
             ]
         }
     )
@@ -72,7 +77,7 @@ class Search(Strict):
     exact: bool = False
     explain: bool = False
     highlight: bool = True
-    fields: list[Literal["title", "text", "metadata"]] = list(FIELDS)  # type: ignore[assignment]
+    fields: list[Literal["title", "text", "metadata"]] = ["title", "text", "metadata"]
 
     def request(self, files: Mapping[str, bytes] | None = None) -> Request:
         """The engine's words for it."""
@@ -88,6 +93,7 @@ class Search(Strict):
             facets=self.facets,
             min_confidence=self.min_confidence,
             exact=self.exact,
+            explain=self.explain,
             highlight=self.highlight,
             fields=self.fields,
         )

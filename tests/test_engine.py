@@ -7,9 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from retrieval.engine import Engine, Parts, Request, RequestPart
+from retrieval.calibrate import calibrate
+from retrieval.engine import Engine, Parts
 from retrieval.errors import Conflict, Gone, Invalid, NotFound, RetrievalError, TooLarge
 from retrieval.ingest import Ingest
+from retrieval.request import Request, RequestPart
 from retrieval.types import Document, Part, Picture, Query, SpaceInfo
 from tests.fakes import HashingEncoder, MemoryIndex, OverlapScorer, WordLinker, shared_concepts
 
@@ -213,7 +215,7 @@ def shuffled(n: int) -> str:
 
 def test_confidence_tells_what_is_in_the_collection_from_what_is_not() -> None:
     e = engine([Document(id=f"{n:02}", text=shuffled(n)) for n in range(40)])
-    e.parts = e.parts._replace(calibrations=e.calibrate())
+    e.parts = e.parts._replace(calibrations=calibrate(e))
     for retriever in ("lexical", "dense", "hybrid"):
         near = e.search(ask(" ".join(shuffled(3).split()[:8]), retriever=retriever))["hits"][0]
         far = e.search(ask("recipe for vegetable curry", retriever=retriever))["hits"]
@@ -223,12 +225,12 @@ def test_confidence_tells_what_is_in_the_collection_from_what_is_not() -> None:
 
 def test_nothing_relevant_is_an_answer() -> None:
     e = engine([Document(id=f"{n:02}", text=shuffled(n)) for n in range(40)])
-    e.parts = e.parts._replace(calibrations=e.calibrate())
+    e.parts = e.parts._replace(calibrations=calibrate(e))
     assert ids(e.search(ask("lyrics of a song", min_confidence=0.5))) == []
     assert "03" in ids(e.search(ask(shuffled(3), min_confidence=0.5)))
 
 
 def test_a_collection_too_small_to_calibrate_gives_no_confidence() -> None:
     e = engine()
-    e.parts = e.parts._replace(calibrations=e.calibrate())
+    e.parts = e.parts._replace(calibrations=calibrate(e))
     assert e.search(ask())["hits"][0]["confidence"] is None
