@@ -35,6 +35,10 @@ _STATED = frozenset(
 )
 _SIDED = frozenset("left right bilateral bilaterally".split())
 _LINKS = frozenset("or nor and/or".split())
+_BREAKS = frozenset([",", ";", ":", "(", ")", "-", "and", "with", "of", "in", "for", "to", "but", "from", "without"])
+_COUNTS = frozenset("one two three 1 2 3 more left right upper lower either few".split())
+_LISTING = re.compile(r"differential|includ|considerations|possibilit")
+_STOP = Role("stop")
 _PRONOUNS = frozenset("this that it these those they which all both none each either who now then later".split())
 _AUXILIARIES = frozenset(
     "is are was were be been being seems appears appear remains remain felt thought considered deemed judged believed "
@@ -146,9 +150,22 @@ class _Sentence:
         cues = self.cues
         if any(cue.start < target.stop and target.start < cue.end for cue in cues):
             cues = find(self.words, target)
-        before = self._before(target, cues)
-        after = self._after(target, cues)
-        return _decide(before, after)
+        reading = _decide(self._before(target, cues), self._after(target, cues))
+        if reading.assertion is Assertion.affirmed and self._alternative(target):
+            return Reading(Assertion.uncertain, "or")
+        return reading
+
+    def _alternative(self, target: range) -> bool:
+        """True for "A or B": one of them is there, but the text does not say which."""
+        following = [word.text for word in self.words[target.stop : target.stop + 2]]
+        if following[:1] == ["or"] and following[1:] not in (["no"], ["not"], ["without"]):
+            return True
+        for at in range(target.start - 1, max(0, target.start - 4), -1):
+            if self.words[at].text in _BREAKS or self._is_verb(at):
+                return False
+            if self.words[at].text == "or":
+                return not (self.words[at - 1].text in _COUNTS or self.words[at - 1].text in _BREAKS)
+        return False
 
     def _target(self, span: tuple[int, int]) -> range:
         """The words that the span touches."""
@@ -166,10 +183,14 @@ class _Sentence:
     def _before(self, target: range, cues: list[Cue]) -> list[tuple[Role, str, bool]]:
         """Cues before the target whose scope reaches it, nearest first; the flag says that a list lies between."""
         found = []
+        denial_ended = False
         for cue in reversed([cue for cue in cues if cue.end <= target.start]):
-            if cue.roles[0].where == "stop":
+            if cue.roles[0] == _STOP:
                 break
+            denial_ended = denial_ended or cue.roles[0].where == "stop"
             for role in cue.roles:
+                if denial_ended and role.what == "negated":
+                    continue
                 if role.where == "pre" and self._reaches(cue, role, target):
                     found.append((role, cue.text, self._separated(cue.end, target.start)))
         return found
@@ -218,10 +239,10 @@ class _Sentence:
         if text == ":":
             return at != cue.end and self.words[at - 1].text not in ("following", "for", "of")
         if text in (",", "and", "(", "with", "plus"):
-            return self._new_clause(at + 1, role, target)
+            return self._new_clause(at + 1, cue, target)
         return False
 
-    def _new_clause(self, start: int, role: Role, target: range) -> bool:
+    def _new_clause(self, start: int, cue: Cue, target: range) -> bool:
         """True where a statement of its own starts at word `start`, rather than the next item of a list."""
         opener = self.words[start - 1].text
         while start < target.start and self.words[start].text in ("and", ","):
@@ -235,8 +256,8 @@ class _Sentence:
             return start < target.start
         end = self._segment_end(target.stop)
         listed = any(word.text in _LINKS for word in self.words[target.stop : self._clause_end(target.stop)])
-        verb = next((i for i in range(start, end) if self.words[i].text in _FINITE and i not in target), None)
-        stated = first in _STATED and not listed
+        verb = next((at for at in range(start, end) if at not in target and self._is_verb(at)), None)
+        stated = first in _STATED and not listed and not _LISTING.search(cue.text)
         if opener == "with":
             return stated
         if verb is None:
@@ -247,8 +268,11 @@ class _Sentence:
         denied = any(self.words[i].text in ("not", "no") for i in range(verb, min(verb + 3, len(self.words))))
         return denied or not exists or stated or (first in _SIDED and not listed)
 
+    def _is_verb(self, at: int) -> bool:
+        return self.words[at].text in _FINITE and not (at and self.words[at - 1].text == "to")
+
     def _segment_end(self, at: int) -> int:
-        while at < len(self.words) and self.words[at].text not in (",", ";", "and", "but"):
+        while at < len(self.words) and self.words[at].text not in (",", ";", "and", "but", "(", ":"):
             at += 1
         return at
 
@@ -273,7 +297,11 @@ class _Sentence:
             return False
         if "(" in between and ")" not in between:
             return False
-        return not any(w in (",", "and") for w in between) or not self._stated_before(target)
+        if "," in between and len(between) > 1:
+            last = between[len(between) - between[::-1].index(",") :]
+            if last and last[0] not in ("and", "or", "nor", "both", "all"):
+                return False
+        return not any(word in (",", "and") for word in between) or not self._stated_before(target)
 
     def _between(self, target: range, cue: Cue) -> list[str]:
         """The words between, less "is" before an adjective and less the "which" or "but this" that takes the target up."""
