@@ -10,13 +10,16 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, cast
 
-from retrieval.engine import Engine, Parts
+from retrieval.engine import Parts
 from retrieval.errors import BackendError, Invalid
 from retrieval.ingest import Ingest
 from retrieval.types import Encoder, FindingsScore, ImageSource, Linker, Picture, Prepare, Scorer, SpaceInfo
 from server.settings import Settings
+
+if TYPE_CHECKING:
+    from indexers.embedded import Embedded
 
 T = TypeVar("T")
 NONE = "none"  # the name that leaves a part out
@@ -82,11 +85,11 @@ class Models:
         self._made: dict[tuple[str | None, ...], Any] = {}
         self._lock = threading.RLock()
 
-    def engine(self, name: str, folder: Path, config: Config, weights: Weights) -> Engine:
-        """The engine of the collection in `folder`. Raises NotFound where nothing was published."""
+    def index(self, folder: Path) -> Embedded:
+        """The index of the collection in `folder`. Raises NotFound where nothing was published."""
         from indexers.embedded import open_index
 
-        return Engine(name, open_index(folder), self.parts(config, weights))
+        return open_index(folder)
 
     def parts(self, config: Config, weights: Weights) -> Parts:
         """What a collection of this config is assembled from."""

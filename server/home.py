@@ -16,10 +16,12 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from retrieval.engine import ADD_BATCH, Engine
+from retrieval import confidence
+from retrieval.confidence import Calibrations
+from retrieval.engine import ADD_BATCH, Engine, Parts
 from retrieval.errors import BackendError, Conflict, InputError, Invalid, NotFound
 from retrieval.types import Document, Progress, Rejected, Snapshot
-from server.assemble import NONE, Config, Models, Weights, shipped_weights
+from server.assemble import Config, Models, Weights, shipped_weights
 from server.settings import Settings
 
 if TYPE_CHECKING:
@@ -27,7 +29,18 @@ if TYPE_CHECKING:
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 QUARANTINE = "quarantine.jsonl"
+CALIBRATED = "calibration.json"
 TUNED = "weights.json"  # fusion weights learned for this collection, beside its generations
+
+
+Stamp = tuple[tuple[int, int] | None, ...]
+
+
+class Learned(NamedTuple):
+    """What was learned about a collection after it was built."""
+
+    weights: Weights = {}
+    calibrations: Calibrations = {}
 
 
 class Open(NamedTuple):
@@ -35,7 +48,7 @@ class Open(NamedTuple):
 
     engine: Engine
     config: Config
-    weights: Weights
+    stamp: Stamp
 
 
 class Added(NamedTuple):
@@ -67,25 +80,24 @@ class Home:
 
     def engine(self, name: str) -> Engine:
         """The collection, ready to answer. Raises NotFound where nothing was published under that name."""
+        folder = self.folder(name)
         with self._locked(name):
             held = self._open.get(name)
-            config, weights = self._config(name, held)
-            if held is None or (held.config, held.weights) != (config, weights):
-                engine = self.models.engine(name, self.folder(name), config, weights)
-                self._open[name] = held = Open(engine, config, weights)
+            stamp = (_stamp(folder), _stamp(folder / TUNED), _stamp(folder / CALIBRATED))
+            index = held.engine.index if held and held.stamp[0] == stamp[0] else self.models.index(folder)
+            index.snapshot()  # follows a generation that another process published
+            config = Config.of(index.config)
+            if held is None or index is not held.engine.index or (config, stamp) != held[1:]:
+                engine = Engine(name, index, self._parts(name, config))
+                self._open[name] = held = Open(engine, config, stamp)
             return held.engine
-
-    def config(self, name: str) -> Config:
-        """What the newest generation was made with."""
-        return self._config(name, self._open.get(name))[0]
 
     def info(self, name: str) -> dict[str, Any]:
         """Counts, spaces, index kinds, weights: without loading an encoder."""
-        index = self._index(name)
+        index = self.models.index(self.folder(name))
         try:
-            snapshot = index.snapshot()
-            config = Config.of(index.config)
-            tuned = self._tuned(name, config)
+            snapshot, config = index.snapshot(), Config.of(index.config)
+            learned = self._learned(name, config)
             return {
                 "collection": name,
                 "documents": len(snapshot),
@@ -96,8 +108,9 @@ class Home:
                     space: {"dim": info.dim, "digests": dict(info.digests)} for space, info in snapshot.spaces.items()
                 },
                 "index": snapshot.describe(),
-                "weights": {**shipped_weights(), **tuned},
-                "tuned": sorted(tuned),
+                "weights": {**shipped_weights(), **learned.weights},
+                "tuned": sorted(learned.weights),
+                "calibrated": sorted(learned.calibrations),
             }
         finally:
             index.close()
@@ -129,7 +142,7 @@ class Home:
 
         folder = self.folder(name)
         self._must_be_writable(folder)
-        return build(
+        done = build(
             folder,
             documents,
             self.models.parts(config, shipped_weights()).prepare,
@@ -140,6 +153,9 @@ class Home:
             strict=strict,
             shard=shard,
         )
+        if shard is None:
+            self._calibrate(name, progress)
+        return done
 
     def create(self, name: str, config: Config) -> Summary:
         """An empty collection. Raises Conflict where there is one of that name already."""
@@ -182,11 +198,13 @@ class Home:
         """A new generation of the same documents and vectors; nothing is encoded again."""
         from indexers.rebuild import rebuild
 
-        config = self.config(name).json()
+        config = self._config(name).json()
         if vector_index is not None:
             config["vector_index"] = vector_index
         self._must_be_writable(self.folder(name))
-        return rebuild(self.folder(name), vector_index=vector_index, config=config, progress=progress, gate=gate)
+        done = rebuild(self.folder(name), vector_index=vector_index, config=config, progress=progress, gate=gate)
+        self._calibrate(name, progress)
+        return done
 
     def rollback(self, name: str) -> int:
         """Back to the last good generation; returns its number."""
@@ -207,9 +225,8 @@ class Home:
 
     def keep_weights(self, name: str, weights: Weights, learned: Mapping[str, Any]) -> None:
         """Stores fusion weights with the collection: kinds of query that `weights` lacks keep the shipped ones."""
-        kept = {"made_for": _legs_digest(self.config(name)), "weights": weights, **learned}
         self._must_be_writable(self.folder(name))
-        _write_atomically(self.folder(name) / TUNED, json.dumps(kept, indent=1))
+        self._keep(name, TUNED, {"weights": weights, **learned})
 
     def close(self) -> None:
         with self._lock:
@@ -219,14 +236,9 @@ class Home:
 
     # --- within ----------------------------------------------------------------------------------
 
-    def _index(self, name: str) -> Any:
-        from indexers.embedded import open_index
-
-        return open_index(self.folder(name))
-
     def _published(self, name: str) -> bool:
         try:
-            self._index(name).close()
+            self.models.index(self.folder(name)).close()
         except NotFound:
             return False
         return True
@@ -235,26 +247,40 @@ class Home:
         if not self.folder(name).is_dir():
             raise NotFound(f"collection {name}: not found in {self.settings.home}; 'lightbox index' makes one")
 
-    def _config(self, name: str, held: Open | None) -> tuple[Config, Weights]:
-        if held is not None:
-            held.engine.index.snapshot()  # follows a generation that another process published
-            config = Config.of(held.engine.index.config)  # type: ignore[attr-defined]
-        else:
-            index = self._index(name)
-            config = Config.of(index.config)
-            index.close()
-        return config, {**shipped_weights(), **self._tuned(name, config)}
+    def _config(self, name: str) -> Config:
+        """What the newest generation was made with."""
+        self.engine(name)
+        return self._open[name].config
 
-    def _tuned(self, name: str, config: Config) -> Weights:
-        """The weights learned for this collection; {} where its encoders or ontology have changed since."""
+    def _parts(self, name: str, config: Config) -> Parts:
+        learned = self._learned(name, config)
+        parts = self.models.parts(config, {**shipped_weights(), **learned.weights})
+        return parts._replace(calibrations=learned.calibrations)
+
+    def _calibrate(self, name: str, progress: Progress) -> None:
+        from retrieval.calibrate import calibrate
+
+        progress("calibrate", 0, 1)
+        self._keep(name, CALIBRATED, {"calibrations": confidence.to_json(calibrate(self.engine(name)))})
+        progress("calibrate", 1, 1)
+
+    def _keep(self, name: str, file: str, learned: Mapping[str, Any]) -> None:
+        kept = {"made_for": _legs(self._config(name)), **learned}
+        _write_atomically(self.folder(name) / file, json.dumps(kept))
+
+    def _learned(self, name: str, config: Config) -> Learned:
+        """What was learned for the encoders and the ontology that the collection has now."""
+        tuned, calibrated = (self._kept(name, file, config) for file in (TUNED, CALIBRATED))
+        return Learned(tuned.get("weights", {}), confidence.from_json(calibrated.get("calibrations", {})))
+
+    def _kept(self, name: str, file: str, config: Config) -> dict[str, Any]:
         try:
-            kept = json.loads((self.folder(name) / TUNED).read_text())
+            kept: dict[str, Any] = json.loads((self.folder(name) / file).read_text())
+            return kept if kept["made_for"] == _legs(config) else {}
         except FileNotFoundError:
             return {}
-        except (OSError, ValueError) as error:
-            raise BackendError(f"collection {name}: {TUNED} cannot be read; run 'lightbox tune' again") from error
-        weights: Weights = kept["weights"]
-        return weights if kept["made_for"] == _legs_digest(config) else {}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise BackendError(f"collection {name}: {file} cannot be read; delete the file, or tune again") from error
 
     def _quarantine(self, name: str, rejected: Sequence[Rejected]) -> None:
         if rejected:
@@ -282,16 +308,12 @@ class Home:
 def usable(items: Iterable[Document | Rejected], source: str) -> Iterator[Document | Rejected]:
     """`items`, refused with InputError before anything is written where no document is among them."""
     rest = iter(items)
-    head: list[Document | Rejected] = []
+    rejected: list[Rejected] = []
     for item in rest:
-        head.append(item)
         if isinstance(item, Document):
-            return chain(head, rest)
-    why = ""
-    if head:
-        first = head[0]
-        assert isinstance(first, Rejected)  # noqa: S101
-        why = f"; {len(head)} were rejected, the first: {first.reason}"
+            return chain(rejected, [item], rest)
+        rejected.append(item)
+    why = f"; {len(rejected)} were rejected, the first: {rejected[0].reason}" if rejected else ""
     raise InputError(f"{source}: holds no document{why}; nothing was changed")
 
 
@@ -303,9 +325,18 @@ def _not_writable(home: Path) -> InputError:
     return InputError(f"home: cannot write to '{home}'; name another folder with --home or LIGHTBOX_HOME")
 
 
-def _legs_digest(config: Config) -> list[str | None]:
-    """What the legs of a collection depend on, and so its weights."""
-    return [config.text_encoder, config.image_encoder, config.ontology or NONE]
+def _legs(config: Config) -> list[str | None]:
+    """What the legs of a collection depend on, and so its weights and calibrations."""
+    return [config.text_encoder, config.image_encoder, config.ontology]
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    """Changes when a file is replaced, or a folder deleted and made again."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, 0 if path.is_dir() else found.st_mtime_ns
 
 
 def _write_atomically(path: Path, text: str) -> None:
