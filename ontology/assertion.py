@@ -36,13 +36,14 @@ _STATED = frozenset(
 _SIDED = frozenset("left right bilateral bilaterally".split())
 _LINKS = frozenset("or nor and/or".split())
 _BREAKS = frozenset([",", ";", ":", "(", ")", "-", "and", "with", "of", "in", "for", "to", "but", "from", "without"])
+_REOPENS = frozenset("with but consistent compatible".split())
 _COUNTS = frozenset("one two three 1 2 3 more left right upper lower either few".split())
 _LISTING = re.compile(r"differential|includ|considerations|possibilit")
 _STOP = Role("stop")
 _PRONOUNS = frozenset("this that it these those they which all both none each either who now then later".split())
 _AUXILIARIES = frozenset(
     "is are was were be been being seems appears appear remains remain felt thought considered deemed judged believed "
-    "also very highly still clinically radiographically highly therefore most has have had".split()
+    "also very highly still clinically radiographically highly therefore most has have had to would should will may might could can".split()
 )
 _NEAR = 4  # words that a near cue reaches over
 _FAR_BACK = 14  # words that a cue behind the finding reaches back over
@@ -157,6 +158,8 @@ class _Sentence:
 
     def _alternative(self, target: range) -> bool:
         """True for "A or B": one of them is there, but the text does not say which."""
+        if any(cue.end <= target.start and cue.text.startswith(("no", "not", "without")) for cue in self.cues):
+            return False
         following = [word.text for word in self.words[target.stop : target.stop + 2]]
         if following[:1] == ["or"] and following[1:] not in (["no"], ["not"], ["without"]):
             return True
@@ -245,12 +248,14 @@ class _Sentence:
     def _new_clause(self, start: int, cue: Cue, target: range) -> bool:
         """True where a statement of its own starts at word `start`, rather than the next item of a list."""
         opener = self.words[start - 1].text
+        if opener == "and" and self._resumes(start - 1, cue):
+            return True
         while start < target.start and self.words[start].text in ("and", ","):
             start += 1
         first = self.words[start].text if start < len(self.words) else ""
         if first in _LINKS:
             return False
-        if first in _SUBJECTS or first in ("with", "but") and opener != "with":
+        if first in _SUBJECTS or (first in _REOPENS and opener != "with"):
             return True
         if first in _FINITE or (first in ("now", "also", "then") and start < target.start):
             return start < target.start
@@ -267,6 +272,12 @@ class _Sentence:
         exists = any(self.words[i].text in _EXISTS for i in range(verb, min(verb + 4, len(self.words))))
         denied = any(self.words[i].text in ("not", "no") for i in range(verb, min(verb + 3, len(self.words))))
         return denied or not exists or stated or (first in _SIDED and not listed)
+
+    def _resumes(self, at: int, cue: Cue) -> bool:
+        """"Fever, no cough, and dyspnea": a denial amid a list denies one item."""
+        between = [word.text for word in self.words[cue.end : at]]
+        amid = cue.start > 0 and self.words[cue.start - 1].text == ","
+        return amid and between.count(",") == 1 and between[-1] == ","
 
     def _is_verb(self, at: int) -> bool:
         return self.words[at].text in _FINITE and not (at and self.words[at - 1].text == "to")

@@ -22,7 +22,7 @@ _RUN_TOGETHER |= {"wasnt": "was", "arent": "are", "werent": "were", "hasnt": "ha
 _DASHES = {"–": "-", "—": "-", "=": ":"}
 _ENDS = frozenset([",", ";", ")", "(", "-", "\n"])
 _NO_NOUN = _ENDS | frozenset(
-    "in at on within of by for with and or but however though although as given from to during after on since today "
+    "in at on within by for with and or but however though although as given from during after on since today "
     "now currently yesterday again because which per : this here anywhere bilaterally while".split()
 )
 _END = ""  # key of a trie node that holds the roles of the phrase that ends there

@@ -12,6 +12,7 @@ _CANDIDATE = re.compile(
     r"|(?<=[a-z] )(?P<field>[A-Z][a-z]+(?: [A-Za-z]+){0,2}:)"
     r"|(?P<bullet>[•●▪◦])"
 )
+_ANSWER = re.compile(r"(?:no|none|yes|negative|denie[sd])\b[.,;]?(?!\s+[a-z])", re.IGNORECASE)
 _WORD_BEFORE = re.compile(r"[A-Za-z0-9.'/-]+$")
 _ABBREVIATIONS = frozenset(
     "dr drs mr mrs ms vs v approx e.g i.e eg ie pt st jr sr fig prof ca cf al resp assoc dept incl esp temp "
@@ -64,7 +65,7 @@ def _ends_sentence(text: str, start: int, end: int) -> bool:
     word = found[0].lower().rstrip(".") if found else ""
     rest = text[end : end + 30].lstrip()
     if text[start] == "?":
-        return bool(word) and (not rest or not rest[0].islower())
+        return bool(word) and not _ANSWER.match(rest) and (not rest or not rest[0].islower())
     if word in _ABBREVIATIONS or (word == "no" and rest[:1].isdigit()):
         return False
     glued = end < len(text) and not text[end].isspace()
