@@ -18,7 +18,7 @@ from retrieval.errors import Conflict, InputError, Invalid, NotFound, RetrievalE
 from retrieval.filters import Filter
 from retrieval.fusion import Method
 from retrieval.pages import Cursor, Shelf
-from retrieval.request import Answer, Request, RequestPart, check, fingerprint
+from retrieval.request import FIELDS, Answer, Request, RequestPart, check, fingerprint
 from retrieval.retrievers import DEPTH, Dense, Fused, Lexical, Ontological, Reranked, query_kind, stages, timed
 from retrieval.types import (
     Document,
@@ -398,21 +398,20 @@ class Engine:
 
     def _hit(self, plan: _Plan, place: int, hit: Hit, document: Document) -> dict[str, Any]:
         request = plan.request
-        out: dict[str, Any] = {
-            "id": hit.id,
-            "score": hit.score,
-            "parts": {name: share._asdict() for name, share in shares(request, place, hit).items()},
+        parts = {name: share._asdict() for name, share in shares(request, place, hit).items()}
+        found = highlights(plan.query, document) if request.highlight else {}
+        shown = self.shown(document, request.fields)
+        return {**shown, "score": hit.score, "parts": parts, "highlights": found}
+
+    def shown(self, document: Document, fields: Sequence[str] = FIELDS) -> dict[str, Any]:
+        """A document as answers show it."""
+        values = {"title": document.title, "text": document.text, "metadata": dict(document.meta)}
+        return {
+            "id": document.id,
+            **{name: values[name] for name in FIELDS if name in fields},
+            "image_url": self._image_url(document),
+            "findings": self._findings(document),
         }
-        if "title" in request.fields:
-            out["title"] = document.title
-        if "text" in request.fields:
-            out["text"] = document.text
-        if "metadata" in request.fields:
-            out["metadata"] = dict(document.meta)
-        out["image_url"] = self._image_url(document)
-        out["findings"] = self._findings(document)
-        out["highlights"] = highlights(plan.query, document) if request.highlight else {}
-        return out
 
     def _image_url(self, document: Document) -> str | None:
         if document.image is None:
