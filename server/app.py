@@ -6,7 +6,7 @@ import asyncio
 import base64
 import json
 import logging
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from ipaddress import ip_address
 from pathlib import Path
@@ -14,28 +14,27 @@ from typing import Annotated, Any, TypeVar
 
 import numpy as np
 import uvicorn
-from fastapi import FastAPI, Query, Request, Response, UploadFile
+from fastapi import FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.openapi.utils import get_openapi
 from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 from fastapi.staticfiles import StaticFiles
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 from starlette.concurrency import run_in_threadpool
-from starlette.datastructures import UploadFile as Uploaded
 
 from encoders.images import thumbnail
 from retrieval import filters
 from retrieval.engine import Engine
 from retrieval.errors import InputError, Invalid, NotFound, RetrievalError, TooLarge
 from retrieval.types import Document, Item
-from server import logs, problems, schemas
+from server import logs, openapi, problems, schemas
 from server.assemble import Config
 from server.batching import Searches
+from server.bodies import json_and_files, lines_of, valid
 from server.guard import Guard
 from server.home import Home
 from server.jobs import FINAL, Jobs, source_below
-from server.problems import Refused
+from server.openapi import BATCH_ANSWER, PNG, PROBLEMS, SSE, body_of
 from server.settings import Settings
 
 T = TypeVar("T")
@@ -52,7 +51,7 @@ def create_app(settings: Settings) -> FastAPI:
     searches = Searches(settings.max_concurrent)
 
     @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         jobs.start()
         yield
         await run_in_threadpool(jobs.close)
@@ -64,11 +63,11 @@ def create_app(settings: Settings) -> FastAPI:
     _public(app, home)
     _collections(app, home)
     _searching(app, home, searches, settings)
-    _documents(app, home, settings)
+    _documents(app, home)
     _jobs(app, home, jobs, settings)
     _embeddings(app, home)
     app.mount("/static", StaticFiles(directory=STATIC), name="static")
-    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
+    app.openapi = lambda: openapi.document(app)  # type: ignore[method-assign]
     app.add_middleware(Guard, settings=settings)
     return app
 
@@ -90,7 +89,7 @@ def _loopback(host: str) -> bool:
         return False
 
 
-# --- the page, health, metrics -------------------------------------------------------------------------------------
+# --- the page, health, metrics --------------------------------------------------------------------
 
 
 def _public(app: FastAPI, home: Home) -> None:
@@ -119,7 +118,7 @@ def _public(app: FastAPI, home: Home) -> None:
         return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
 
 
-# --- collections -----------------------------------------------------------------------------------------------------
+# --- collections ----------------------------------------------------------------------------------
 
 
 def _collections(app: FastAPI, home: Home) -> None:
@@ -153,7 +152,7 @@ def _collections(app: FastAPI, home: Home) -> None:
         home.delete(c)
 
 
-# --- searching ---------------------------------------------------------------------------------------------------------
+# --- searching ------------------------------------------------------------------------------------
 
 
 def _searching(app: FastAPI, home: Home, searches: Searches, settings: Settings) -> None:
@@ -162,12 +161,12 @@ def _searching(app: FastAPI, home: Home, searches: Searches, settings: Settings)
         response_model=schemas.Answer,
         response_model_exclude_unset=True,
         responses=PROBLEMS,
-        openapi_extra=_body(schemas.Search, multipart="query"),
+        openapi_extra=body_of(schemas.Search, multipart="query"),
     )
     async def search(c: str, request: Request) -> JSONResponse:
         """One query: JSON, or multipart with field `query` (the JSON) and the file fields that it names."""
-        body, files = await _json_and_files(request, "query")
-        asked = _valid(TypeAdapter(schemas.Search), body).request(files)
+        body, files = await json_and_files(request, "query")
+        asked = valid(TypeAdapter(schemas.Search), body).request(files)
         _within(asked.k, settings)
         engine = await run_in_threadpool(home.engine, c)
         answer = await searches(engine, asked)
@@ -177,12 +176,12 @@ def _searching(app: FastAPI, home: Home, searches: Searches, settings: Settings)
 
     @app.post(
         "/v1/collections/{c}/search/batch",
-        responses=PROBLEMS | {200: {"content": {"application/json": {"schema": _BATCH_ANSWER}}}},
-        openapi_extra=_body(list[schemas.Search]),
+        responses=PROBLEMS | {200: {"content": {"application/json": {"schema": BATCH_ANSWER}}}},
+        openapi_extra=body_of(list[schemas.Search]),
     )
     async def batch(c: str, request: Request) -> JSONResponse:
         """A list of queries; one answer or one problem each, in order."""
-        body, _ = await _json_and_files(request, None)
+        body, _ = await json_and_files(request, None)
         if not isinstance(body, list) or not body:
             raise Invalid("body: expected a list of at least one query")
         if len(body) > settings.max_batch:
@@ -196,7 +195,7 @@ def _searching(app: FastAPI, home: Home, searches: Searches, settings: Settings)
 
 
 def _checked(body: Any, settings: Settings) -> Any:
-    asked = _valid(TypeAdapter(schemas.Search), body).request()
+    asked = valid(TypeAdapter(schemas.Search), body).request()
     _within(asked.k, settings)
     return asked
 
@@ -224,22 +223,22 @@ def _caught(call: Callable[[], T]) -> T | RetrievalError | RequestValidationErro
         return error
 
 
-# --- documents -----------------------------------------------------------------------------------------------------------
+# --- documents ------------------------------------------------------------------------------------
 
 
-def _documents(app: FastAPI, home: Home, settings: Settings) -> None:
+def _documents(app: FastAPI, home: Home) -> None:
     @app.post(
         "/v1/collections/{c}/documents",
         response_model=schemas.Ingested,
         responses=PROBLEMS,
-        openapi_extra=_body(list[schemas.DocumentIn], ndjson=schemas.DocumentIn),
+        openapi_extra=body_of(list[schemas.DocumentIn], ndjson=schemas.DocumentIn),
     )
     async def add(c: str, request: Request) -> dict[str, Any]:
         """Upserts a JSON list or NDJSON lines; a status per item. What is reported as added is on disk and visible."""
-        lines = await _lines(request)
+        lines = await lines_of(request)
         return await run_in_threadpool(_added, home, c, lines)
 
-    @app.get("/v1/collections/{c}/documents/{id:path}/image", responses=PROBLEMS | _PNG, response_class=Response)
+    @app.get("/v1/collections/{c}/documents/{id:path}/image", responses=PROBLEMS | PNG, response_class=Response)
     def image(c: str, id: str, size: Annotated[int, Query(ge=16, le=512)] = 512) -> Response:
         """The rendered picture, PNG, longest side at most `size`."""
         png = home.engine(c).snapshot().image(id)
@@ -272,7 +271,7 @@ def _added(home: Home, c: str, lines: list[tuple[int, Any]]) -> dict[str, Any]:
     documents: dict[str, tuple[int, Document]] = {}
     for line, body in lines:
         try:
-            document = _upload(_valid(TypeAdapter(schemas.DocumentIn), body))
+            document = _upload(valid(TypeAdapter(schemas.DocumentIn), body))
         except (RetrievalError, RequestValidationError) as error:
             id = body.get("_id") if isinstance(body, dict) and isinstance(body.get("_id"), str) else None
             statuses.append({"id": id, "line": line, "status": "rejected", "reason": _reason(error)})
@@ -308,7 +307,7 @@ def _silent(phase: str, done: int, total: int | None) -> None:
     pass
 
 
-# --- jobs ------------------------------------------------------------------------------------------------------------------
+# --- jobs -----------------------------------------------------------------------------------------
 
 
 def _jobs(app: FastAPI, home: Home, jobs: Jobs, settings: Settings) -> None:
@@ -343,7 +342,7 @@ def _jobs(app: FastAPI, home: Home, jobs: Jobs, settings: Settings) -> None:
         """Asks a job to stop; a finished one stays as it is."""
         return jobs.cancel(id)
 
-    @app.get("/v1/jobs/{id}/events", responses=PROBLEMS | _SSE, response_class=StreamingResponse)
+    @app.get("/v1/jobs/{id}/events", responses=PROBLEMS | SSE, response_class=StreamingResponse)
     async def events(id: str) -> StreamingResponse:
         """The job as server-sent events until it ends."""
         await run_in_threadpool(jobs.find, id)
@@ -365,7 +364,7 @@ async def _events(jobs: Jobs, id: str) -> AsyncIterator[str]:
         await asyncio.sleep(EVENT_EVERY_S)
 
 
-# --- embeddings ------------------------------------------------------------------------------------------------------------
+# --- embeddings -----------------------------------------------------------------------------------
 
 
 def _embeddings(app: FastAPI, home: Home) -> None:
@@ -387,128 +386,3 @@ def _embeddings(app: FastAPI, home: Home) -> None:
             "data": [{"object": "embedding", "index": i, "embedding": value} for i, value in enumerate(data)],
             "usage": {"prompt_tokens": words, "total_tokens": words},
         }
-
-
-# --- bodies ----------------------------------------------------------------------------------------------------------------
-
-
-async def _json_and_files(request: Request, field: str | None) -> tuple[Any, Mapping[str, bytes]]:
-    """The JSON body, and the file fields of a multipart one whose `field` holds the JSON."""
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if field is None or kind != "multipart/form-data":
-        return _parsed(await request.body()), {}
-    async with request.form(max_files=16, max_fields=16) as form:
-        files = {name: await value.read() for name, value in form.multi_items() if isinstance(value, Uploaded)}
-        text = form.get(field)
-        if isinstance(text, UploadFile | Uploaded):
-            return _parsed(files.pop(field)), files
-        if text is None:
-            raise Invalid(f"{field}: this multipart body lacks the field that holds the JSON", field)
-        return _parsed(str(text).encode()), files
-
-
-def _parsed(body: bytes) -> Any:
-    try:
-        return json.loads(body, parse_constant=_no_constant)
-    except (ValueError, RecursionError):
-        raise Refused(400, "the body is not JSON that can be read") from None
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(name)  # NaN and Infinity are no JSON
-
-
-async def _lines(request: Request) -> list[tuple[int, Any]]:
-    """(line from 1, parsed item) of a JSON list or of NDJSON; a broken NDJSON line parses to None."""
-    body = await request.body()
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/x-ndjson":
-        items = _parsed(body)
-        if not isinstance(items, list):
-            raise Invalid("body: expected a list of documents, or NDJSON with content-type application/x-ndjson")
-        return list(enumerate(items, 1))
-    out: list[tuple[int, Any]] = []
-    for number, line in enumerate(body.splitlines(), 1):
-        if line.strip():
-            try:
-                out.append((number, _parsed(line)))
-            except Refused:
-                out.append((number, None))
-    return out
-
-
-def _valid(adapter: TypeAdapter[T], body: Any) -> T:
-    try:
-        return adapter.validate_python(body, by_alias=True)
-    except ValidationError as error:
-        raise RequestValidationError(error.errors(include_input=False, include_url=False)) from None
-    except RecursionError:
-        raise Invalid("body: nested too deeply") from None
-
-
-# --- the OpenAPI document ----------------------------------------------------------------------------------------------------
-
-_PROBLEM = {"content": {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}}
-PROBLEMS: dict[int | str, dict[str, Any]] = {
-    status: {"description": text, **_PROBLEM}
-    for status, text in {
-        400: "not parseable",
-        401: "no valid key",
-        403: "the key's role, the host or the origin does not allow it",
-        404: "no such thing",
-        409: "does not fit what the collection was built with",
-        410: "the cursor's snapshot is no longer kept",
-        413: "over a limit",
-        415: "not a picture, or not a body that is read here",
-        422: "against the schema",
-        429: "too much at once",
-        503: "cannot be served at the moment",
-    }.items()
-}
-_PNG: dict[int | str, dict[str, Any]] = {200: {"content": {"image/png": {}}, "description": "the picture"}}
-_SSE: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}, "description": "events"}}
-_BATCH_ANSWER = {
-    "type": "object",
-    "required": ["answers"],
-    "properties": {
-        "answers": {
-            "type": "array",
-            "items": {"anyOf": [{"$ref": "#/components/schemas/Answer"}, {"$ref": "#/components/schemas/Problem"}]},
-        }
-    },
-}
-_REF = "#/components/schemas/{model}"
-
-
-def _body(model: Any, multipart: str | None = None, ndjson: type[BaseModel] | None = None) -> dict[str, Any]:
-    """How the OpenAPI document describes a body that the route reads by itself."""
-    schema = TypeAdapter(model).json_schema(ref_template=_REF)
-    schema.pop("$defs", None)
-    if isinstance(model, type) and issubclass(model, BaseModel):
-        schema = {"$ref": _REF.format(model=model.__name__)}
-    content: dict[str, Any] = {"application/json": {"schema": schema}}
-    if multipart is not None:
-        content["multipart/form-data"] = {
-            "schema": {
-                "type": "object",
-                "required": [multipart],
-                "properties": {multipart: {"type": "string", "description": "the JSON query"}},
-                "additionalProperties": {"type": "string", "format": "binary"},
-            }
-        }
-    if ndjson is not None:
-        content["application/x-ndjson"] = {"schema": {"type": "string"}}
-    return {"requestBody": {"required": True, "content": content}}
-
-
-def _openapi(app: FastAPI) -> dict[str, Any]:
-    if app.openapi_schema is None:
-        document = get_openapi(title=app.title, version=app.version, routes=app.routes)
-        known = document.setdefault("components", {}).setdefault("schemas", {})
-        for model in (schemas.Search, schemas.DocumentIn, schemas.Problem, schemas.Answer):
-            own = model.model_json_schema(ref_template=_REF, mode="validation")
-            for name, part in own.pop("$defs", {}).items():
-                known.setdefault(name, part)
-            known[model.__name__] = own
-        app.openapi_schema = document
-    return app.openapi_schema
