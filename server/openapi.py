@@ -63,13 +63,14 @@ def body_of(model: Any, multipart: str | None = None, ndjson: type[BaseModel] | 
 
 
 def document(app: FastAPI) -> dict[str, Any]:
+    """Made once: the routes, and the schemas of the bodies that they read by themselves."""
     if app.openapi_schema is None:
-        document = getdocument(title=app.title, version=app.version, routes=app.routes)
-        known = document.setdefault("components", {}).setdefault("schemas", {})
+        made = get_openapi(title=app.title, version=app.version, routes=app.routes)
+        known = made.setdefault("components", {}).setdefault("schemas", {})
         for model in (schemas.Search, schemas.DocumentIn, schemas.Problem, schemas.Answer):
             own = model.model_json_schema(ref_template=_REF, mode="validation")
             for name, part in own.pop("$defs", {}).items():
                 known.setdefault(name, part)
             known[model.__name__] = own
-        app.openapi_schema = document
+        app.openapi_schema = made
     return app.openapi_schema

@@ -1,0 +1,275 @@
+"""The embedded index: one collection in one folder, several processes, no server.
+
+Readers take no lock, never repair, and follow what other processes publish. A writer holds the
+collection's lock for one write, never for the life of a process.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import io
+import json
+import os
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from indexers import shards
+from indexers.generation import Generation
+from indexers.shards import disk
+from indexers.snapshot import EmbeddedSnapshot
+from indexers.store import Record
+from retrieval.errors import Conflict, Invalid, NotFound
+from retrieval.types import Document, Encoded, Encodings, Picture, Side, SpaceInfo
+
+WAIT_S = 30.0  # for another writer
+SHARD_AT = 1_024  # vectors in one write that get a shard of their own instead of the tail
+POINTER = "current"
+
+
+def open_index(folder: Path) -> Embedded:
+    """The collection in `folder`; NotFound where nothing was ever published there."""
+    return Embedded(folder)
+
+
+class Embedded:
+    """Implements `retrieval.types.Index`. Thread-safe."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._guard = threading.Lock()  # over what this object knows; held for moments
+        self._turn = threading.Lock()  # over writes of this object
+        self._generation = Generation(folder, current(folder))
+        self._pointer = _stamp(folder)
+        self._version = self._generation.store.version()
+        self._snapshot = self._generation.load()
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """What was given at build."""
+        return self._snapshot.config
+
+    # --- reading ---------------------------------------------------------------------------------
+
+    def snapshot(self) -> EmbeddedSnapshot:
+        """The newest published state, also when another process published it."""
+        with self._guard:
+            self._follow()
+            return self._snapshot
+
+    def _follow(self) -> None:
+        stamp = _stamp(self.folder)
+        if stamp != self._pointer:
+            number = current(self.folder)
+            if number != self._generation.number:
+                self._generation = Generation(self.folder, number)  # the old one lives on in its snapshots
+                self._snapshot = self._generation.load()
+            self._pointer = stamp
+        version = self._generation.store.version()
+        if version != self._version:
+            self._snapshot = self._generation.load(self._snapshot)
+            self._version = version
+
+    # --- writing ---------------------------------------------------------------------------------
+
+    def add(self, documents: Sequence[Document], encodings: Encodings) -> None:
+        """Upsert; on disk when it returns, visible after `publish`. Of equal ids the last one stays."""
+        documents, encodings = _last_of_each(documents, encodings)
+        if not documents:
+            return
+        with self._writing():
+            spaces = self._snapshot.spaces
+            for key, encoded in encodings.items():
+                check_encoded(key, encoded, len(documents), spaces)
+            blobs = [write_blob(self.folder / "blobs", document) for document in documents]
+            with self._generation.store.reading() as reader:
+                first = reader.state().next
+            records = [
+                as_record(first + at, document, blob)
+                for at, (document, blob) in enumerate(zip(documents, blobs, strict=True))
+            ]
+            sealed = {
+                key: self._sealed(encoded) for key, encoded in encodings.items() if len(encoded.rows) >= SHARD_AT
+            }
+            with self._generation.store.writing() as writer:
+                writer.add(records, thumbnails(first, documents))
+                for (space, side), encoded in encodings.items():
+                    rows = (encoded.rows + first).astype(np.int32)
+                    if (space, side) in sealed:
+                        writer.add_shard(space, side, sealed[space, side], rows)
+                    else:
+                        writer.add_tail(space, side, rows, encoded.matrix)
+
+    def _sealed(self, encoded: Encoded) -> str:
+        return shards.write(self.folder / "shards", "vectors", {"matrix": np.ascontiguousarray(encoded.matrix, "<f4")})
+
+    def remove(self, ids: Sequence[str]) -> int:
+        """How many existed. Unknown ids are no error."""
+        wanted = list(dict.fromkeys(id for id in ids if _is_unicode(id)))
+        if not wanted:
+            return 0
+        with self._writing(), self._generation.store.writing() as writer:
+            return writer.remove(wanted)
+
+    def publish(self) -> None:
+        """Shows everything that was written, all at once, and mends what is damaged."""
+        with self._writing():
+            self._generation.publish(self._snapshot)
+            self.snapshot()
+
+    def close(self) -> None:
+        with self._guard:
+            self._generation.close()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """The writer lock, and the newest state under it. Readers go on meanwhile."""
+        with self._turn, writer_lock(self.folder):
+            self.snapshot()
+            yield
+
+
+# --- the pointer and the lock ----------------------------------------------------------------------
+
+
+def current(folder: Path) -> int:
+    """The number of the published generation."""
+    try:
+        content = json.loads((folder / POINTER).read_text())
+        if content["check"] == _check(content["generation"]):
+            return int(content["generation"])
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    # The pointer is lost. A generation gets its name only when it is whole, and a rolled back one is marked.
+    found = finished(folder)
+    if not found:
+        raise NotFound(f"no collection in '{folder.name}'; index a source first")
+    return found[-1]
+
+
+def point(folder: Path, generation: int) -> None:
+    """Makes `generation` the published one, at once."""
+    content = {"generation": generation, "check": _check(generation)}
+    shards.replace_file(folder / POINTER, json.dumps(content).encode())
+
+
+def finished(folder: Path) -> list[int]:
+    """Generations that are whole and were not rolled back, ascending."""
+    try:
+        names = [path.name for path in (folder / "generations").iterdir() if not (path / "withdrawn").exists()]
+    except OSError:
+        return []
+    return sorted(int(name) for name in names if name.isdigit())
+
+
+@contextmanager
+def writer_lock(folder: Path, wait_s: float = WAIT_S, name: str = "lock") -> Iterator[None]:
+    """Excludes other writers, of this and of other processes; the system lets go of it when a process dies."""
+    with disk("locking the collection"):
+        handle = os.open(folder / name, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        until = time.monotonic() + wait_s
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= until:
+                    raise Conflict(f"collection '{folder.name}' is held by another writer; try again later") from None
+                time.sleep(0.005)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _check(generation: int) -> int:
+    return (generation * 2654435761 + 97) % 2**32
+
+
+def _stamp(folder: Path) -> tuple[int, int] | None:
+    try:
+        found = os.stat(folder / POINTER)
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns
+
+
+# --- what is written -------------------------------------------------------------------------------
+
+
+def as_record(row: int, document: Document, blob: str | None, source: str | None = None) -> Record:
+    """A document as it is stored; Invalid where it cannot be."""
+    if not document.id:
+        raise Invalid("a document has an empty id")
+    if not all(map(_is_unicode, (document.id, document.title, document.text))):
+        raise Invalid(f"document {document.id!a:.80} holds text that is not valid Unicode")
+    try:
+        return Record.of(row, document, blob, source)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise Invalid(f"document {document.id!a:.80}: its metadata are no JSON object") from error
+
+
+def check_encoded(key: tuple[str, Side], encoded: Encoded, documents: int, spaces: Mapping[str, SpaceInfo]) -> None:
+    """Raises where vectors do not fit the collection or the documents they came with."""
+    space, side = key
+    info = spaces.get(space)
+    if info is None or side not in info.digests:
+        raise Conflict(f"got vectors for {space}/{side}, this collection has {', '.join(spaces) or 'no spaces'}")
+    rows, matrix = encoded
+    if matrix.ndim != 2 or matrix.shape[1] != info.dim:
+        raise Conflict(f"got vectors of shape {matrix.shape}, space '{space}' has {info.dim} dimensions")
+    if len(rows) != len(matrix) or len(np.unique(rows)) != len(rows):
+        raise Invalid(f"got {len(matrix)} vectors for {len(np.unique(rows))} documents in {space}/{side}")
+    if len(rows) and (rows.min() < 0 or rows.max() >= documents):
+        raise Invalid(f"vectors in {space}/{side} belong to documents that were not sent")
+    if not np.allclose(np.einsum("nd,nd->n", matrix, matrix), 1.0, atol=1e-2):
+        raise Invalid(f"vectors in {space}/{side} are not of unit length")
+
+
+def thumbnails(first: int, documents: Sequence[Document]) -> dict[int, bytes]:
+    pictures = ((first + at, document.image) for at, document in enumerate(documents))
+    return {row: image.thumbnail for row, image in pictures if isinstance(image, Picture) and image.thumbnail}
+
+
+def write_blob(folder: Path, document: Document) -> str | None:
+    """Keeps an upload as rendered PNG; pictures of a source stay where they are."""
+    picture = document.image
+    if picture is None:
+        return None
+    if not isinstance(picture, Picture):
+        raise Invalid(f"document {document.id!a:.80}: its picture was not decoded")
+    if picture.path is not None or picture.pixels is None:
+        return None
+    content = io.BytesIO()
+    picture.pixels.save(content, "PNG")
+    folder.mkdir(exist_ok=True)
+    return shards.write_bytes(folder, "upload", content.getvalue(), "png")
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _last_of_each(documents: Sequence[Document], encodings: Encodings) -> tuple[Sequence[Document], Encodings]:
+    """Without documents whose id comes again later."""
+    last = {document.id: at for at, document in enumerate(documents)}
+    if len(last) == len(documents):
+        return documents, encodings
+    kept = sorted(last.values())
+    place = {old: new for new, old in enumerate(kept)}
+    out = {}
+    for key, (rows, matrix) in encodings.items():
+        held = [n for n, row in enumerate(rows.tolist()) if row in place]
+        out[key] = Encoded(np.array([place[int(rows[n])] for n in held], np.int64), matrix[held])
+    return [documents[at] for at in kept], out

@@ -1,0 +1,389 @@
+"""The batch job: encode (resumably), build a generation beside the old one, check it, swap one pointer."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from indexers import shards
+from indexers.batches import Batch, Batches, key_of, source_digest
+from indexers.embedded import current, finished, point, writer_lock
+from indexers.generation import Generation
+from indexers.shards import Damaged, VectorWriter, disk
+from indexers.snapshot import EmbeddedSnapshot, Key
+from indexers.store import Record, Store
+from indexers.vectors import parse_spec
+from retrieval.errors import BackendError, Conflict, Invalid, NotFound
+from retrieval.types import Document, Encoded, Prepare, Progress, Rejected, Side, Snapshot, SpaceInfo
+
+BATCH = 256  # documents that are encoded together, and lost together when a process is killed
+PARTIAL = ".partial"
+QUARANTINE = "quarantine.jsonl"
+Gate = Callable[[Snapshot], None]
+
+
+class Summary(NamedTuple):
+    """What a build did."""
+
+    generation: int  # 0 where only shards were encoded
+    documents: int
+    added: int  # encoded by this call
+    reused: int  # encoded before, by this or an earlier generation
+    rejected: int
+    quarantine: Path
+    seconds: float
+
+
+class _Piece(NamedTuple):
+    """One batch of a source: documents that the published generation holds already, and the others."""
+
+    kept: tuple[str, ...]  # ids
+    key: str | None  # under which the others are encoded
+
+
+def build(
+    folder: Path,
+    documents: Iterable[Document | Rejected],
+    prepare: Prepare,
+    *,
+    config: Mapping[str, Any],
+    spaces: Mapping[str, SpaceInfo],
+    vector_index: str,
+    progress: Progress,
+    strict: bool = False,
+    shard: tuple[int, int] | None = None,
+    gate: Gate | None = None,
+) -> Summary:
+    """Makes the collection equal to a source, as a new generation.
+
+    Interrupted at any point, the collection is as it was, and the same call goes on where it stopped.
+    shard: (i, n) encodes every n-th batch and publishes nothing. gate: raises to refuse what was built.
+    Invalid with `strict` at the first bad item; Conflict while another build runs.
+    """
+    spec = str(parse_spec(vector_index))
+    about = {
+        "config": dict(config),
+        "vector_index": spec,
+        "spaces": {s.name: [s.dim, dict(s.digests)] for s in spaces.values()},
+    }
+    with disk("making the collection's folder"):
+        (folder / "generations").mkdir(parents=True, exist_ok=True)
+        (folder / "shards").mkdir(exist_ok=True)
+    job = _Encoding(folder, prepare, spaces, strict, shard, progress)
+    if shard is not None:
+        job.run(documents)
+        return job.summary(0, 0)
+    with writer_lock(folder, 0.0, "building"):
+        job.run(documents)
+        with writer_lock(folder):
+            generation = _assemble(folder, about, job, progress, gate)
+            _tidy(folder, generation.number)
+            job.batches.drop(job.keys)
+        job.write_quarantine()
+        return job.summary(generation.number, generation.load().rows.documents)
+
+
+class _Encoding:
+    """The first half of a build: every batch of the source encoded once."""
+
+    def __init__(
+        self,
+        folder: Path,
+        prepare: Prepare,
+        spaces: Mapping[str, SpaceInfo],
+        strict: bool,
+        shard: tuple[int, int] | None,
+        progress: Progress,
+    ) -> None:
+        if shard is not None and not 0 <= shard[0] < shard[1]:
+            raise Invalid(f"shard: got {shard[0]}/{shard[1]}, expected I from 0 to N - 1")
+        self.folder, self.prepare, self.spaces, self.strict, self.shard = folder, prepare, spaces, strict, shard
+        self.progress = progress
+        self.batches = Batches(folder)
+        self.old = _published(folder)
+        self.pieces: list[_Piece] = []
+        self.rejected: list[Rejected] = []
+        self.added = self.reused = 0
+        self._started = time.monotonic()
+
+    @property
+    def keys(self) -> list[str]:
+        return [piece.key for piece in self.pieces if piece.key is not None]
+
+    def run(self, documents: Iterable[Document | Rejected]) -> None:
+        total = len(documents) if isinstance(documents, Sequence) else None
+        done = 0
+        for number, batch in enumerate(self._batched(documents)):
+            if self.shard is None or number % self.shard[1] == self.shard[0]:
+                self._encode(batch)
+            done += len(batch)
+            self.progress("encode", done, total)
+
+    def _batched(self, documents: Iterable[Document | Rejected]) -> Iterator[list[Document]]:
+        seen: set[str] = set()
+        batch: list[Document] = []
+        for document in documents:
+            if isinstance(document, Rejected):
+                self._reject(document)
+            elif document.id in seen:
+                self._reject(Rejected(None, document.id, "duplicate id; the first one stays"))
+            else:
+                seen.add(document.id)
+                batch.append(document)
+            if len(batch) == BATCH:
+                yield batch
+                batch = []
+        if batch:
+            yield batch
+
+    def _reject(self, rejected: Rejected) -> None:
+        if self.strict:
+            line = f"line {rejected.line}: " if rejected.line is not None else ""
+            raise Invalid(f"{line}{rejected.id or 'an item'}: {rejected.reason}")
+        self.rejected.append(rejected)
+
+    def _encode(self, batch: Sequence[Document]) -> None:
+        sources = {document.id: source_digest(document, self.prepare.digest) for document in batch}
+        kept = self._kept(sources)
+        todo = [document for document in batch if document.id not in kept]
+        self.reused += len(kept)
+        key = key_of([sources[document.id] for document in todo]) if todo else None
+        if key is not None:
+            if key in self.batches:
+                self.reused += len(todo)
+            else:
+                self.batches.put(key, self.prepare(todo), sources, self.spaces)
+                self.added += len(todo)
+            for rejected in self.batches.get(key).rejected:
+                self._reject(rejected)
+        self.pieces.append(_Piece(tuple(kept), key))
+
+    def _kept(self, sources: Mapping[str, str]) -> dict[str, int]:
+        """Documents of the batch that the published generation holds just as they are: id -> row."""
+        if self.old is None:
+            return {}
+        found = self.old.rows.find(list(sources))
+        with self.old.store.reading() as reader:
+            records = reader.records_of([row for row in found if row >= 0])
+        return {r.id: row for row, r in records.items() if r.source == sources[r.id]}
+
+    def write_quarantine(self) -> None:
+        lines = [json.dumps(rejected._asdict()) + "\n" for rejected in self.rejected]
+        shards.replace_file(self.folder / QUARANTINE, "".join(lines).encode())
+
+    def summary(self, generation: int, documents: int) -> Summary:
+        seconds = time.monotonic() - self._started
+        rejected = len(self.rejected)
+        return Summary(generation, documents, self.added, self.reused, rejected, self.folder / QUARANTINE, seconds)
+
+
+# --- building beside the old -----------------------------------------------------------------------
+
+
+class _Assembly:
+    """A generation that grows under a temporary name."""
+
+    def __init__(self, home: Path, about: Mapping[str, Any]) -> None:
+        self.home = home
+        folders = [path.name.partition(".")[0] for path in (home / "generations").iterdir()]
+        self.number = max((int(name) for name in folders if name.isdigit()), default=0) + 1
+        self.folder = home / "generations" / f"{self.number:06d}{PARTIAL}"
+        with disk("building a generation"):
+            self.folder.mkdir()
+        self.store = Store.create(self.folder / "store.sqlite", about)
+        self.next = 0
+        keys: list[Key] = [(space, side) for space, (_, digests) in about["spaces"].items() for side in digests]
+        dims = {space: dim for space, (dim, _) in about["spaces"].items()}
+        self._vectors = {key: VectorWriter(home / "shards", "vectors", dims[key[0]]) for key in keys}
+        self._rows: dict[Key, list[np.ndarray]] = {key: [] for key in keys}
+
+    def add(
+        self, records: Sequence[Record], thumbnails: Mapping[int, bytes], encodings: Mapping[Key, Encoded]
+    ) -> None:
+        """Documents in new rows; thumbnails and encodings name them by their place in `records`."""
+        first = self.next
+        with self.store.writing() as writer:
+            rows = [record._replace(row=first + at) for at, record in enumerate(records)]
+            writer.add(rows, {first + at: png for at, png in thumbnails.items()})
+        for key, encoded in encodings.items():
+            self._vectors[key].append(encoded.matrix)
+            self._rows[key].append((encoded.rows + first).astype(np.int32))
+        self.next += len(records)
+
+    def finish(self, progress: Progress) -> EmbeddedSnapshot:
+        """Publishes what was added within the unfinished generation, and checks it as a reader would."""
+        expected: dict[Key, int] = {}
+        with self.store.writing() as writer:
+            for key, vectors in self._vectors.items():
+                held = np.concatenate([np.empty(0, np.int32), *self._rows[key]])
+                expected[key] = len(held)
+                for name, count in vectors.finish():
+                    writer.add_shard(*key, name, held[:count])
+                    held = held[count:]
+        generation = Generation(self.home, self.number, self.folder)
+        generation.publish(generation.load(), progress)
+        generation.close()
+        built = Generation(self.home, self.number, self.folder).load()
+        if len(built) != self.next or dict(built.sides) != expected or set(built.parts.values()) != {"ok"}:
+            raise BackendError(
+                f"what was built is not whole ({len(built)} of {self.next} documents); nothing was swapped"
+            )
+        return built
+
+    def accept(self, built: EmbeddedSnapshot) -> Generation:
+        """Gives the generation its lasting name and makes it the published one."""
+        built.store.close()
+        self.store.close()
+        with disk("swapping generations"):
+            whole = self.folder.with_name(f"{self.number:06d}")
+            os.rename(self.folder, whole)
+            shards.sync_folder(whole.parent)
+        point(self.home, self.number)
+        return Generation(self.home, self.number)
+
+    def close(self) -> None:
+        self.store.close()
+        for vectors in self._vectors.values():
+            vectors.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _assemble(
+    folder: Path, about: Mapping[str, Any], job: _Encoding, progress: Progress, gate: Gate | None
+) -> Generation:
+    _sweep_partial(folder)
+    assembly = _Assembly(folder, about)
+    try:
+        for done, piece in enumerate(job.pieces, 1):
+            if piece.kept and job.old is not None:
+                assembly.add(*_copied(job.old, piece.kept))
+            if piece.key is not None:
+                batch = job.batches.get(piece.key)
+                assembly.add(batch.records, batch.thumbnails, batch.encodings)
+            progress("assemble", done, len(job.pieces))
+        built = assembly.finish(progress)
+        if gate is not None:
+            gate(built)
+        return assembly.accept(built)
+    finally:
+        assembly.close()
+
+
+def _copied(old: EmbeddedSnapshot, ids: Sequence[str]) -> tuple[list[Record], dict[int, bytes], dict[Key, Encoded]]:
+    """Documents as the published generation holds them."""
+    rows = old.rows.find(ids)
+    pictures = {}
+    with old.store.reading() as reader:
+        found = reader.records_of(rows)
+        if len(found) != len(ids):
+            raise Conflict("the collection was changed while it was indexed; give the same command again")
+        for at, row in enumerate(rows):
+            if found[row].picture is not None and (png := reader.thumbnail(row)) is not None:
+                pictures[at] = png
+    return [found[row] for row in rows], pictures, {key: old.vectors(*key, ids) for key in old.sides}
+
+
+def rebuild(
+    folder: Path,
+    *,
+    vector_index: str | None = None,
+    config: Mapping[str, Any] | None = None,
+    progress: Progress,
+    gate: Gate | None = None,
+) -> Summary:
+    """A new generation of the same documents and vectors, without what was deleted; nothing is encoded again."""
+    started = time.monotonic()
+    with writer_lock(folder, 0.0, "building"), writer_lock(folder):
+        old = Generation(folder, current(folder))
+        now = old.load()
+        with old.store.reading() as reader:
+            about = reader.about()
+        about["config"] = dict(config) if config is not None else about["config"]
+        about["vector_index"] = str(parse_spec(vector_index)) if vector_index else about["vector_index"]
+        _sweep_partial(folder)
+        assembly = _Assembly(folder, about)
+        try:
+            for done, ids in enumerate(_alive_ids(now), 1):
+                assembly.add(*_copied(now, ids))
+                progress("copy", min(done * BATCH, len(now)), len(now))
+            built = assembly.finish(progress)
+            if gate is not None:
+                gate(built)
+            generation = assembly.accept(built)
+        finally:
+            assembly.close()
+        _tidy(folder, generation.number)
+    count = len(now)
+    return Summary(generation.number, count, 0, count, 0, folder / QUARANTINE, time.monotonic() - started)
+
+
+def _alive_ids(now: EmbeddedSnapshot) -> Iterator[list[str]]:
+    alive = np.flatnonzero(now.rows.alive)
+    for start in range(0, len(alive), BATCH):
+        yield [now.rows[row] for row in alive[start : start + BATCH].tolist()]
+
+
+def rollback(folder: Path) -> int:
+    """Publishes the generation before this one again and returns its number; NotFound where there is none."""
+    with writer_lock(folder, 0.0, "building"), writer_lock(folder):
+        now = current(folder)
+        earlier = [number for number in finished(folder) if number < now]
+        if not earlier:
+            raise NotFound(f"collection '{folder.name}' has no earlier generation to go back to")
+        Generation(folder, earlier[-1]).load()
+        point(folder, earlier[-1])
+        shards.replace_file(folder / "generations" / f"{now:06d}" / "withdrawn", b"")
+        return earlier[-1]
+
+
+def delete(folder: Path) -> None:
+    """Removes a collection; NotFound where there is none."""
+    if not (folder / "generations").exists():
+        raise NotFound(f"no collection in '{folder.name}'")
+    with writer_lock(folder):
+        gone = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.deleted")
+        with disk("deleting the collection"):
+            os.rename(folder, gone)
+    shutil.rmtree(gone, ignore_errors=True)
+
+
+# --- tidying ---------------------------------------------------------------------------------------
+
+
+def _published(folder: Path) -> EmbeddedSnapshot | None:
+    try:
+        return Generation(folder, current(folder)).load()
+    except (NotFound, Damaged):
+        return None
+
+
+def _sweep_partial(folder: Path) -> None:
+    for path in (folder / "generations").iterdir():
+        if path.name.endswith(PARTIAL):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _tidy(folder: Path, now: int) -> None:
+    """Keeps this generation and the last good one, and the shards and blobs that they name."""
+    earlier = [number for number in finished(folder) if number < now][-1:]
+    keep = {now, *earlier}
+    for path in (folder / "generations").iterdir():
+        if path.name.isdigit() and int(path.name) not in keep:
+            shutil.rmtree(path, ignore_errors=True)
+    names: set[str] = set()
+    blobs: set[str] = set()
+    for number in keep:
+        with Generation(folder, number).store.reading() as reader:
+            names |= {shard.name for shard in reader.shards()}
+            blobs |= reader.blobs()
+    shards.sweep(folder / "shards", names)
+    if (folder / "blobs").exists():
+        shards.sweep(folder / "blobs", blobs)

@@ -1,0 +1,203 @@
+"""What a snapshot knows of its documents in memory: ids, who is alive, metadata columns, findings.
+
+The base is a derived file, mapped into memory; what was published since is read from the store and laid
+over it. Without a base (missing or damaged) everything is read from the store: slower, never different.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from indexers.columns import Columns
+from indexers.scan import TIE
+from indexers.shards import Array, Damaged
+from indexers.store import Record
+from retrieval.types import Assertion, Hit
+
+Held = NDArray[np.int32]  # rows, ascending
+Concept = tuple[str, Assertion]
+NO_ROWS = np.empty(0, np.int32)
+
+
+class Base:
+    """Ids and findings of the rows up to `count`, as arrays that need no parsing.
+
+    An id is found through its sorted 64-bit hash, so that a million ids cost neither a dict nor a pass.
+    """
+
+    def __init__(self, arrays: Mapping[str, Array]) -> None:
+        try:
+            self.offsets, self.text = arrays["id_offsets"], arrays["id_text"]
+            self.alive, self.hashes, self.hashed = arrays["alive"], arrays["hashes"], arrays["hashed"]
+            self.starts, self.holders = arrays["starts"], arrays["holders"]
+            concepts = json.loads(arrays["concepts"].tobytes())
+            self.concepts = {(name, Assertion(says)): at for at, (name, says) in enumerate(concepts)}
+        except (KeyError, ValueError) as error:
+            raise Damaged("the table of rows cannot be read") from error
+        self.count = len(self.alive)
+
+    def id(self, row: int) -> str:
+        return bytes(self.text[self.offsets[row] : self.offsets[row + 1]]).decode()
+
+    def find(self, ids: Sequence[str]) -> list[int]:
+        """The row of each id that was alive when the base was made, -1 elsewhere."""
+        wanted = np.array([_hash(id) for id in ids], np.uint64)
+        out = []
+        for id, value, at in zip(ids, wanted, np.searchsorted(self.hashes, wanted).tolist(), strict=True):
+            row = -1
+            while at < len(self.hashes) and self.hashes[at] == value:
+                if self.id(candidate := int(self.hashed[at])) == id:
+                    row = candidate
+                    break
+                at += 1
+            out.append(row)
+        return out
+
+    def held(self, concept: Concept) -> Held:
+        at = self.concepts.get(concept)
+        return NO_ROWS if at is None else self.holders[self.starts[at] : self.starts[at + 1]]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """All rows of one published state. Immutable; `extended` gives the next one."""
+
+    columns: Columns
+    alive: NDArray[np.bool_]
+    base: Base | None = None
+    later_ids: tuple[str, ...] = ()  # of the rows behind the base
+    later_rows: Mapping[str, int] = field(default_factory=dict)
+    later_held: Mapping[Concept, Held] = field(default_factory=dict)
+    documents: int = 0
+
+    @classmethod
+    def empty(cls) -> Rows:
+        return cls(Columns.build([]), np.empty(0, bool))
+
+    @classmethod
+    def over(cls, base: Base, columns: Columns) -> Rows:
+        return cls(columns, base.alive, base, documents=int(base.alive.sum()))
+
+    def __len__(self) -> int:
+        """Rows, dead ones included."""
+        return len(self.alive)
+
+    @property
+    def start(self) -> int:
+        """The first row behind the base."""
+        return 0 if self.base is None else self.base.count
+
+    def extended(self, records: Iterable[Record], stop: int, deaths: Held) -> Rows:
+        """This state with the rows up to `stop` and without `deaths`. `records` are those that still exist."""
+        first = len(self)
+        ids, metas = [""] * (stop - first), [{}] * (stop - first)
+        alive = np.concatenate([self.alive, np.zeros(stop - first, bool)])
+        held: dict[Concept, list[int]] = {}
+        for record in records:
+            alive[record.row] = True
+            ids[record.row - first] = record.id
+            metas[record.row - first] = json.loads(record.meta)
+            for concept in {(c, Assertion(says)) for c, says, _, _ in json.loads(record.findings)}:
+                held.setdefault(concept, []).append(record.row)
+        alive[deaths] = False
+        later_ids = self.later_ids + tuple(ids)
+        fresh = {id: first + n for n, id in enumerate(ids) if alive[first + n]}
+        if len(fresh) != int(alive[first:].sum()):
+            raise Damaged("two documents in the store have the same id; roll back, or index the source again")
+        return Rows(
+            self.columns.extended(metas) if metas else self.columns,
+            alive, self.base, later_ids,
+            {**self.later_rows, **fresh},
+            {**self.later_held, **{c: np.concatenate([self.later_held.get(c, NO_ROWS), np.array(r, np.int32)]) for c, r in held.items()}},
+            int(alive.sum()),
+        )  # fmt: skip
+
+    # --- ids -------------------------------------------------------------------------------------
+
+    def __getitem__(self, row: int) -> str:
+        """The id of a row."""
+        start = self.start
+        return self.later_ids[row - start] if row >= start else self.base.id(row)  # type: ignore[union-attr]
+
+    def find(self, ids: Sequence[str]) -> list[int]:
+        """The row of each id, -1 where there is no such document."""
+        rows = [self.later_rows.get(id, -1) for id in ids]
+        missing = [n for n, row in enumerate(rows) if row < 0]
+        if missing and self.base is not None:
+            for n, row in zip(missing, self.base.find([ids[n] for n in missing]), strict=True):
+                rows[n] = row
+        return [row if row >= 0 and self.alive[row] else -1 for row in rows]
+
+    def _all_ids(self) -> Iterator[str]:
+        if self.base is not None:
+            text, offsets = self.base.text.tobytes(), self.base.offsets.tolist()
+            yield from (text[a:b].decode() for a, b in zip(offsets, offsets[1:], strict=False))
+        yield from self.later_ids
+
+    # --- findings: retrieval.types.Postings ------------------------------------------------------
+
+    @property
+    def size(self) -> int:
+        return len(self)
+
+    def concepts(self) -> Iterator[Concept]:
+        known = dict.fromkeys(self.base.concepts if self.base is not None else ()) | dict.fromkeys(self.later_held)
+        return (concept for concept in known if len(self.rows(*concept)))
+
+    def rows(self, concept: str, assertion: Assertion) -> Held:
+        key = (concept, assertion)
+        held = self.later_held.get(key, NO_ROWS)
+        if self.base is not None:
+            held = np.concatenate([self.base.held(key), held])
+        return held if self.documents == len(self) else held[self.alive[held]]
+
+    # --- the derived file ------------------------------------------------------------------------
+
+    def arrays(self) -> dict[str, Array]:
+        """Everything but the columns, as `Base` reads it."""
+        ids = [id.encode() for id in self._all_ids()]
+        living = np.flatnonzero(self.alive).astype(np.int32)
+        hashes = np.array([_hash(ids[row]) for row in living.tolist()], np.uint64)
+        order = np.argsort(hashes, kind="stable")
+        concepts = sorted(self.concepts())
+        held = [self.rows(*concept) for concept in concepts]
+        return {
+            "alive": self.alive,
+            "id_offsets": np.cumsum([0, *map(len, ids)]).astype(np.int64),
+            "id_text": np.frombuffer(b"".join(ids), np.uint8),
+            "hashes": hashes[order],
+            "hashed": living[order],
+            "concepts": np.frombuffer(json.dumps(concepts).encode(), np.uint8),
+            "starts": np.cumsum([0, *map(len, held)]).astype(np.int64),
+            "holders": np.concatenate([NO_ROWS, *held]).astype(np.int32),
+        }
+
+
+def _hash(id: str | bytes) -> int:
+    content = id if isinstance(id, bytes) else id.encode(errors="surrogatepass")
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
+
+
+def ranked(scores: NDArray[np.floating[Any]], rows: NDArray[np.integer[Any]], k: int, ids: Rows) -> list[Hit]:
+    """The k best, ties ordered by id. `scores` hold everything that is tied with the k-th."""
+    order = np.argsort(-scores, kind="stable")
+    scores = scores[order]
+    start = stop = 0
+    runs = []
+    while start < min(k, len(scores)):
+        stop = start + int(np.searchsorted(-scores[start:], TIE - scores[start], "right"))
+        runs.append((start, stop))
+        start = stop
+    values = scores[:stop].tolist()
+    hits = [Hit(ids[row], score) for row, score in zip(rows[order[:stop]].tolist(), values, strict=True)]
+    for start, stop in runs:
+        if stop - start > 1:
+            hits[start:stop] = sorted(hits[start:stop], key=lambda hit: hit.id)
+    return hits[:k]

@@ -1,0 +1,243 @@
+"""One published state of an embedded collection, and the searches over it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from indexers.lexical import Scan
+from indexers.rows import Rows, ranked
+from indexers.store import Record, Store
+from indexers.vectors import Found, SideIndex, merge
+from retrieval.errors import Conflict, Invalid, NotFound
+from retrieval.filters import Filter
+from retrieval.types import Document, Encoded, FindingsScore, Matrix, Part, Ranking, Side, SpaceInfo
+
+Mask = NDArray[np.bool_]
+Key = tuple[str, Side]
+
+
+class Words(Protocol):
+    """What answers a search by words: `lexical.Lexical`, or `lexical.Scan` in its stead."""
+
+    def search(self, texts: Sequence[str], k: int, allowed: Mask | None, ids: Rows) -> list[Ranking]: ...
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Consecutive vectors of one side with one index over them: the sealed ones, or the fresh tail."""
+
+    index: SideIndex
+    rows: NDArray[np.int32]  # (vectors,) the document of each
+    matrix: Callable[[NDArray[np.int64]], Matrix]  # stored vectors by number
+    straight: bool  # rows are 0, 1, 2, ...
+    alive: Mask | None = None  # (vectors,) None where all are
+
+    def search(self, queries: Matrix, k: int, allowed: Mask | None, exact: bool) -> Found:
+        """allowed: (rows of the snapshot,) as a filter leaves them; None without a filter."""
+        if allowed is None:
+            mask = self.alive
+        else:  # where vector i is document i, a gather of all rows is saved
+            mask = allowed[: len(self.rows)] if self.straight else allowed[self.rows]
+        return self.index.search(queries, k, mask, exact, filtered=allowed is not None)
+
+    def places(self, rows: NDArray[np.int64], count: int) -> NDArray[np.int64]:
+        """The vector number of each of `rows`, -1 where it has none here."""
+        place = np.full(count, -1, np.int64)
+        place[self.rows] = np.arange(len(self.rows))
+        return place[rows]
+
+
+@dataclass(frozen=True, eq=False)
+class EmbeddedSnapshot:
+    """Implements `retrieval.types.Snapshot`. Immutable and thread-safe; takes no lock of the collection."""
+
+    generation: int
+    sequence: int
+    spaces: Mapping[str, SpaceInfo]
+    sides: Mapping[Key, int]
+    config: Mapping[str, Any]
+    rows: Rows
+    stretches: Mapping[Key, tuple[Stretch, ...]]
+    words: Words | None  # None: the lexical index cannot be trusted
+    store: Store
+    blobs: Path
+    parts: Mapping[str, str]  # derived part -> "ok", or what is wrong with it
+    vector_index: str
+    base: str | None  # the file under `rows`
+    _scan: list[Scan] = field(default_factory=list, repr=False)
+    _guard: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def __len__(self) -> int:
+        return self.rows.documents
+
+    # --- looking up ------------------------------------------------------------------------------
+
+    def fetch(self, ids: Sequence[str]) -> list[Document | None]:
+        """Documents in the order asked, None for unknown ids."""
+        rows = self.rows.find(ids)
+        records = self._records([row for row in rows if row >= 0])
+        return [records[row].document() if row in records else None for row in rows]
+
+    def image(self, id: str) -> bytes | None:
+        """The rendered picture (PNG): an upload as it was rendered, of others the thumbnail."""
+        row = self.rows.find([id])[0]
+        record = self._records([row]).get(row) if row >= 0 else None
+        if record is None or record.picture is None:
+            return None
+        if record.blob is not None:
+            return (self.blobs / record.blob).read_bytes()
+        with self.store.reading() as reader:
+            return reader.thumbnail(row)
+
+    def values(self, field: str, ids: Sequence[str]) -> list[Any]:
+        rows = self.rows.find(ids)
+        found = self.rows.columns.values(field, [row for row in rows if row >= 0])
+        known = iter(found)
+        return [next(known) if row >= 0 else None for row in rows]
+
+    def count(self, where: Filter | None = None) -> int:
+        if where is None:
+            return len(self)
+        allowed = self._allowed(where)
+        return int(np.count_nonzero(allowed))
+
+    def vectors(self, space: str, side: Side, ids: Sequence[str]) -> Encoded:
+        """Stored vectors of those `ids` that have one; `rows` index into `ids`."""
+        info = self._space(space)
+        found = np.array(self.rows.find(ids), np.int64)
+        known = np.flatnonzero(found >= 0)
+        out = np.zeros((len(ids), info.dim), np.float32)
+        held = np.zeros(len(ids), bool)
+        for stretch in self.stretches.get((space, side), ()):
+            places = stretch.places(found[known], len(self.rows))
+            here = known[places >= 0]
+            out[here] = stretch.matrix(places[places >= 0])
+            held[here] = True
+        return Encoded(np.flatnonzero(held), out[held])
+
+    def _records(self, rows: Sequence[int]) -> dict[int, Record]:
+        if not rows:
+            return {}
+        with self.store.reading() as reader:
+            return reader.records_of(rows)
+
+    # --- searching -------------------------------------------------------------------------------
+
+    def search_text(self, texts: Sequence[str], k: int, where: Filter | None = None) -> list[Ranking]:
+        """BM25 over the tokens of title and text."""
+        _check_k(k)
+        words = self.words or self._scanned()
+        return words.search(texts, k, self._allowed(where), self.rows)
+
+    def search_vectors(
+        self,
+        space: str,
+        vectors: Matrix,
+        k: int,
+        where: Filter | None = None,
+        sides: Sequence[Side] = ("text", "image"),
+        exact: bool = False,
+    ) -> list[Ranking]:
+        """Inner products; a document scores as its best vector among `sides`."""
+        _check_k(k)
+        queries = self._queries(space, vectors)
+        allowed = None if where is None else self._allowed(where)
+        stretches = [stretch for side in dict.fromkeys(sides) for stretch in self.stretches.get((space, side), ())]
+        found = [(stretch.search(queries, k, allowed, exact), stretch.rows) for stretch in stretches]
+        if not found:
+            return [Ranking() for _ in queries]
+        return merge(found, self.rows, k)
+
+    def search_findings(
+        self, parts: Sequence[Part], k: int, where: Filter | None, score: FindingsScore
+    ) -> list[Ranking]:
+        """`score` of every document for every part, computed from the inverted lists; 0 is no hit."""
+        _check_k(k)
+        allowed = self._allowed(where)
+        return [self._findings(part, k, allowed, score) for part in parts]
+
+    def _findings(self, part: Part, k: int, allowed: Mask | None, score: FindingsScore) -> Ranking:
+        if not part.findings or not len(self.rows):
+            return Ranking()
+        scores = score(part, self.rows)
+        good = scores > 0 if allowed is None else (scores > 0) & allowed
+        rows = np.flatnonzero(good)
+        return Ranking(ranked(scores[rows].astype(np.float64), rows, k, self.rows))
+
+    def _allowed(self, where: Filter | None) -> Mask | None:
+        """(rows,) who may be found; None where everyone may."""
+        rows = self.rows
+        if where is None:
+            return None if rows.documents == len(rows) else rows.alive
+        selected = rows.columns.select(where)
+        return selected if rows.documents == len(rows) else selected & rows.alive
+
+    def _queries(self, space: str, vectors: Matrix) -> Matrix:
+        info = self._space(space)
+        queries = np.ascontiguousarray(vectors, np.float32)
+        if queries.ndim != 2 or queries.shape[1] != info.dim:
+            raise Conflict(f"got vectors of shape {queries.shape}, space '{space}' has (Q, {info.dim})")
+        if not np.isfinite(queries).all():
+            raise Invalid(f"got vectors that are not finite for space '{space}'")
+        return queries
+
+    def _space(self, space: str) -> SpaceInfo:
+        if space not in self.spaces:
+            raise NotFound(f"no space '{space}' in this collection, it has {', '.join(self.spaces) or 'none'}")
+        return self.spaces[space]
+
+    def _scanned(self) -> Scan:
+        with self._guard:
+            if not self._scan:
+                self._scan.append(Scan(self._texts()))
+            return self._scan[0]
+
+    def _texts(self) -> Iterator[tuple[int, str]]:
+        with self.store.reading() as reader:
+            for record in reader.records(0, len(self.rows)):
+                if self.rows.alive[record.row]:
+                    yield record.row, record.content
+
+    # --- describing ------------------------------------------------------------------------------
+
+    def describe(self) -> dict[str, Any]:
+        """Counts, index kind, bytes per vector, measured recall, state of each derived part."""
+        spaces = {
+            name: {
+                "dim": info.dim,
+                "digests": dict(info.digests),
+                "sides": {side: self._described((space, side)) for space, side in self.sides if space == name},
+            }
+            for name, info in self.spaces.items()
+        }
+        return {
+            "documents": len(self),
+            "generation": self.generation,
+            "sequence": self.sequence,
+            "vector_index": self.vector_index,
+            "spaces": spaces,
+            "parts": dict(self.parts),
+        }
+
+    def _described(self, key: Key) -> dict[str, Any]:
+        stretches = self.stretches.get(key, ())
+        total = max(1, sum(len(stretch.rows) for stretch in stretches))
+        per_vector = sum(stretch.index.bytes_per_vector * len(stretch.rows) for stretch in stretches) / total
+        return {
+            "vectors": self.sides[key],
+            "kind": str(stretches[0].index.spec) if stretches else self.vector_index,
+            "bytes_per_vector": round(per_vector, 1),
+            "recall": min((stretch.index.recall for stretch in stretches), default=1.0),
+        }
+
+
+def _check_k(k: int) -> None:
+    if k < 1:
+        raise Invalid(f"k: got {k}, expected at least 1", "k")
