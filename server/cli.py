@@ -445,15 +445,9 @@ def _write(out: Path | None, lines: Iterable[str]) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs one command and exits: 0 done, 2 the caller's fault, 1 ours, 130 stopped by Ctrl-C."""
+    words = _home_first(sys.argv[1:] if arguments is None else arguments)
     try:
-        status = (
-            app(
-                args=_home_first(sys.argv[1:] if arguments is None else arguments),
-                prog_name="lightbox",
-                standalone_mode=False,
-            )
-            or 0
-        )
+        status = app(args=words, prog_name="lightbox", standalone_mode=False) or 0
         sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `lightbox search … | head` is no error

@@ -25,6 +25,7 @@ from server.assemble import Config, Models, Weights, shipped_weights
 from server.settings import Settings
 
 if TYPE_CHECKING:
+    from indexers.embedded import Embedded
     from indexers.rebuild import Summary
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -39,14 +40,15 @@ Stamp = tuple[tuple[int, int] | None, ...]
 class Learned(NamedTuple):
     """What was learned about a collection after it was built."""
 
-    weights: Weights = {}
-    calibrations: Calibrations = {}
+    weights: Weights
+    calibrations: Calibrations
 
 
 class Open(NamedTuple):
     """An engine, and what it was assembled from."""
 
     engine: Engine
+    index: Embedded
     config: Config
     stamp: Stamp
 
@@ -63,9 +65,9 @@ class Added(NamedTuple):
 class Home:
     """All collections of one home folder."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, models: Models | None = None) -> None:
         self.settings = settings
-        self.models = Models(settings)
+        self.models = models or Models(settings)
         self._open: dict[str, Open] = {}
         self._locks: dict[str, threading.Lock] = {}
         self._lock = threading.Lock()
@@ -84,12 +86,12 @@ class Home:
         with self._locked(name):
             held = self._open.get(name)
             stamp = (_stamp(folder), _stamp(folder / TUNED), _stamp(folder / CALIBRATED))
-            index = held.engine.index if held and held.stamp[0] == stamp[0] else self.models.index(folder)
+            index = held.index if held and held.stamp[0] == stamp[0] else self.models.index(folder)
             index.snapshot()  # follows a generation that another process published
             config = Config.of(index.config)
-            if held is None or index is not held.engine.index or (config, stamp) != held[1:]:
+            if held is None or (index, config, stamp) != held[1:]:
                 engine = Engine(name, index, self._parts(name, config))
-                self._open[name] = held = Open(engine, config, stamp)
+                self._open[name] = held = Open(engine, index, config, stamp)
             return held.engine
 
     def info(self, name: str) -> dict[str, Any]:
