@@ -66,10 +66,15 @@ class Generation:
 
     # --- loading ---------------------------------------------------------------------------------
 
-    def load(self, previous: EmbeddedSnapshot | None = None) -> EmbeddedSnapshot:
-        """The published state; what `previous` (of this generation) already holds is not read again."""
+    def load(self, previous: EmbeddedSnapshot | None = None, ahead: bool = False) -> EmbeddedSnapshot:
+        """The published state; what `previous` (of this generation) already holds is not read again.
+
+        ahead: the state that the next publish will show.
+        """
         with self.store.reading() as reader:
             state = reader.state()
+            if ahead:
+                state = state._replace(sequence=state.sequence + 1, rows=state.next, documents=state.living)
             if previous is not None and previous.sequence == state.sequence:
                 return previous
             about = reader.about()
@@ -92,7 +97,7 @@ class Generation:
             config=about["config"],
             rows=rows,
             stretches=stretches,
-            words=self._words(manifest, state, parts),
+            words=self._words(manifest, parts),
             store=self.store,
             blobs=self.home / "blobs",
             parts=parts,
@@ -192,7 +197,7 @@ class Generation:
         except Damaged as error:
             raise Damaged(f"vectors are lost: {error}; roll back, or index the source again") from error
 
-    def _words(self, manifest: Manifest, state: State, parts: dict[str, str]) -> lexical.Lexical | None:
+    def _words(self, manifest: Manifest, parts: dict[str, str]) -> lexical.Lexical | None:
         entry = manifest.get("lexical")
         parts["lexical"] = "missing"
         if entry is None:
@@ -233,7 +238,7 @@ class Generation:
         manifest["rows"] = self._publish_rows(rows, now, old, state.sequence + 1)
         manifest["lexical"] = self._publish_words(rows, now, old, deaths)
         sealed = self._seal_tails(rows, now)
-        manifest["vectors"] = self._publish_vectors(rows, now, old, sealed, progress)
+        manifest["vectors"] = self._publish_vectors(now, old, sealed, progress)
         name = shards.write_bytes(self.folder, "manifest", json.dumps(manifest).encode(), "json")
         with self.store.writing() as writer:
             for (space, side), (shard, held) in sealed.items():
@@ -289,7 +294,6 @@ class Generation:
 
     def _publish_vectors(
         self,
-        rows: Rows,
         now: EmbeddedSnapshot,
         old: Manifest,
         sealed: Mapping[Key, tuple[str, NDArray[np.int32]]],

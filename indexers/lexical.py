@@ -164,7 +164,8 @@ class Scan:
 
     def __init__(self, texts: Iterable[tuple[int, str]]) -> None:
         self._postings: dict[str, tuple[list[int], list[int]]] = {}
-        rows, lengths = [], []
+        rows: list[int] = []
+        lengths: list[int] = []
         for row, text in texts:
             found = Counter(analysis.tokens(text))
             if not found:
@@ -198,7 +199,8 @@ class Scan:
 def _stored_length(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
     """Lengths as Lucene and tantivy keep them, in one byte: exact up to 40, then four significant bits."""
     table = np.array([_decoded(byte) for byte in range(256)], np.int64)
-    return table[np.searchsorted(table, lengths, "right") - 1]
+    stored: NDArray[np.int64] = table[np.searchsorted(table, lengths, "right") - 1]
+    return stored
 
 
 def _decoded(byte: int) -> int:

@@ -14,15 +14,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from indexers import shards
-from indexers.batches import Batch, Batches, key_of, source_digest
+from indexers.batches import Batches, key_of, source_digest
 from indexers.embedded import current, finished, point, writer_lock
 from indexers.generation import Generation
 from indexers.shards import Damaged, VectorWriter, disk
 from indexers.snapshot import EmbeddedSnapshot, Key
-from indexers.store import Record, Store
+from indexers.store import Record, Rows, Store
 from indexers.vectors import parse_spec
 from retrieval.errors import BackendError, Conflict, Invalid, NotFound
-from retrieval.types import Document, Encoded, Prepare, Progress, Rejected, Side, Snapshot, SpaceInfo
+from retrieval.types import Document, Encoded, Prepare, Progress, Rejected, Snapshot, SpaceInfo
 
 BATCH = 256  # documents that are encoded together, and lost together when a process is killed
 PARTIAL = ".partial"
@@ -203,7 +203,7 @@ class _Assembly:
         keys: list[Key] = [(space, side) for space, (_, digests) in about["spaces"].items() for side in digests]
         dims = {space: dim for space, (dim, _) in about["spaces"].items()}
         self._vectors = {key: VectorWriter(home / "shards", "vectors", dims[key[0]]) for key in keys}
-        self._rows: dict[Key, list[np.ndarray]] = {key: [] for key in keys}
+        self._rows: dict[Key, list[Rows]] = {key: [] for key in keys}
 
     def add(
         self, records: Sequence[Record], thumbnails: Mapping[int, bytes], encodings: Mapping[Key, Encoded]
@@ -237,6 +237,27 @@ class _Assembly:
                 f"what was built is not whole ({len(built)} of {self.next} documents); nothing was swapped"
             )
         return built
+
+    def repeat(self, before: EmbeddedSnapshot, after: EmbeddedSnapshot) -> None:
+        """Writes, unpublished, what changed between two states of another generation."""
+        fresh = np.arange(len(before.rows), len(after.rows))
+        ids = [after.rows[row] for row in fresh[after.rows.alive[fresh]].tolist()]
+        dead = np.flatnonzero(before.rows.alive & ~after.rows.alive[: len(before.rows)])
+        gone = [before.rows[row] for row in dead.tolist()]
+        with self.store.writing() as writer:
+            writer.remove(gone)
+            if ids:
+                records, thumbnails, encodings = _copied(after, ids)
+                first = writer.now.next
+                rows = [record._replace(row=first + at) for at, record in enumerate(records)]
+                writer.add(rows, {first + at: png for at, png in thumbnails.items()})
+                for key, encoded in encodings.items():
+                    writer.add_tail(*key, (encoded.rows + first).astype(np.int32), encoded.matrix)
+
+    def publish(self) -> None:
+        generation = Generation(self.home, self.number, self.folder)
+        generation.publish(generation.load())
+        generation.close()
 
     def accept(self, built: EmbeddedSnapshot) -> Generation:
         """Gives the generation its lasting name and makes it the published one."""
@@ -277,14 +298,19 @@ def _assemble(
         assembly.close()
 
 
-def _copied(old: EmbeddedSnapshot, ids: Sequence[str]) -> tuple[list[Record], dict[int, bytes], dict[Key, Encoded]]:
-    """Documents as the published generation holds them."""
+def _copied(
+    old: EmbeddedSnapshot, ids: Sequence[str], lenient: bool = False
+) -> tuple[list[Record], dict[int, bytes], dict[Key, Encoded]]:
+    """Documents as a published generation holds them. lenient: without those that were erased meanwhile."""
     rows = old.rows.find(ids)
     pictures = {}
     with old.store.reading() as reader:
         found = reader.records_of(rows)
         if len(found) != len(ids):
-            raise Conflict("the collection was changed while it was indexed; give the same command again")
+            if not lenient:
+                raise Conflict("the collection was changed while it was indexed; give the same command again")
+            ids = [id for id, row in zip(ids, rows, strict=True) if row in found]
+            rows = [row for row in rows if row in found]
         for at, row in enumerate(rows):
             if found[row].picture is not None and (png := reader.thumbnail(row)) is not None:
                 pictures[at] = png
@@ -299,30 +325,48 @@ def rebuild(
     progress: Progress,
     gate: Gate | None = None,
 ) -> Summary:
-    """A new generation of the same documents and vectors, without what was deleted; nothing is encoded again."""
+    """A new generation of the same documents and vectors, without what was deleted; nothing is encoded again.
+
+    Others may write meanwhile: what they wrote is carried over before the swap.
+    """
     started = time.monotonic()
-    with writer_lock(folder, 0.0, "building"), writer_lock(folder):
+    with writer_lock(folder, 0.0, "building"):
         old = Generation(folder, current(folder))
         now = old.load()
-        with old.store.reading() as reader:
-            about = reader.about()
-        about["config"] = dict(config) if config is not None else about["config"]
-        about["vector_index"] = str(parse_spec(vector_index)) if vector_index else about["vector_index"]
         _sweep_partial(folder)
-        assembly = _Assembly(folder, about)
+        assembly = _Assembly(folder, _description(old, vector_index, config))
         try:
             for done, ids in enumerate(_alive_ids(now), 1):
-                assembly.add(*_copied(now, ids))
+                assembly.add(*_copied(now, ids, lenient=True))
                 progress("copy", min(done * BATCH, len(now)), len(now))
             built = assembly.finish(progress)
             if gate is not None:
                 gate(built)
-            generation = assembly.accept(built)
+            with writer_lock(folder):
+                _catch_up(assembly, now, old)
+                generation = assembly.accept(built)
+                _tidy(folder, generation.number)
         finally:
             assembly.close()
-        _tidy(folder, generation.number)
-    count = len(now)
+    count = len(generation.load())
     return Summary(generation.number, count, 0, count, 0, folder / QUARANTINE, time.monotonic() - started)
+
+
+def _description(old: Generation, vector_index: str | None, config: Mapping[str, Any] | None) -> dict[str, Any]:
+    with old.store.reading() as reader:
+        about = reader.about()
+    about["config"] = dict(config) if config is not None else about["config"]
+    about["vector_index"] = str(parse_spec(vector_index)) if vector_index else about["vector_index"]
+    return about
+
+
+def _catch_up(assembly: _Assembly, copied: EmbeddedSnapshot, old: Generation) -> None:
+    """Repeats what was written and published since `copied` was taken, then what is written and not published."""
+    published = old.load(copied)
+    if published is not copied:
+        assembly.repeat(copied, published)
+        assembly.publish()
+    assembly.repeat(published, old.load(published, ahead=True))
 
 
 def _alive_ids(now: EmbeddedSnapshot) -> Iterator[list[str]]:

@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -65,9 +66,9 @@ class Base:
         return NO_ROWS if at is None else self.holders[self.starts[at] : self.starts[at + 1]]
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Rows:
-    """All rows of one published state. Immutable; `extended` gives the next one."""
+    """All rows of one published state, and `retrieval.types.Postings`. Never changed; `extended` gives the next."""
 
     columns: Columns
     alive: NDArray[np.bool_]
@@ -75,7 +76,11 @@ class Rows:
     later_ids: tuple[str, ...] = ()  # of the rows behind the base
     later_rows: Mapping[str, int] = field(default_factory=dict)
     later_held: Mapping[Concept, Held] = field(default_factory=dict)
-    documents: int = 0
+    documents: int = 0  # alive
+    size: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.size = len(self.alive)
 
     @classmethod
     def empty(cls) -> Rows:
@@ -97,7 +102,8 @@ class Rows:
     def extended(self, records: Iterable[Record], stop: int, deaths: Held) -> Rows:
         """This state with the rows up to `stop` and without `deaths`. `records` are those that still exist."""
         first = len(self)
-        ids, metas = [""] * (stop - first), [{}] * (stop - first)
+        ids = [""] * (stop - first)
+        metas: list[Mapping[str, Any]] = [{}] * (stop - first)
         alive = np.concatenate([self.alive, np.zeros(stop - first, bool)])
         held: dict[Concept, list[int]] = {}
         for record in records:
@@ -107,17 +113,21 @@ class Rows:
             for concept in {(c, Assertion(says)) for c, says, _, _ in json.loads(record.findings)}:
                 held.setdefault(concept, []).append(record.row)
         alive[deaths] = False
-        later_ids = self.later_ids + tuple(ids)
         fresh = {id: first + n for n, id in enumerate(ids) if alive[first + n]}
         if len(fresh) != int(alive[first:].sum()):
             raise Damaged("two documents in the store have the same id; roll back, or index the source again")
         return Rows(
             self.columns.extended(metas) if metas else self.columns,
-            alive, self.base, later_ids,
+            alive,
+            self.base,
+            self.later_ids + tuple(ids),
             {**self.later_rows, **fresh},
-            {**self.later_held, **{c: np.concatenate([self.later_held.get(c, NO_ROWS), np.array(r, np.int32)]) for c, r in held.items()}},
+            {
+                **self.later_held,
+                **{c: np.append(self.later_held.get(c, NO_ROWS), np.array(r, np.int32)) for c, r in held.items()},
+            },
             int(alive.sum()),
-        )  # fmt: skip
+        )
 
     # --- ids -------------------------------------------------------------------------------------
 
@@ -138,14 +148,10 @@ class Rows:
     def _all_ids(self) -> Iterator[str]:
         if self.base is not None:
             text, offsets = self.base.text.tobytes(), self.base.offsets.tolist()
-            yield from (text[a:b].decode() for a, b in zip(offsets, offsets[1:], strict=False))
+            yield from (text[a:b].decode() for a, b in pairwise(offsets))
         yield from self.later_ids
 
     # --- findings: retrieval.types.Postings ------------------------------------------------------
-
-    @property
-    def size(self) -> int:
-        return len(self)
 
     def concepts(self) -> Iterator[Concept]:
         known = dict.fromkeys(self.base.concepts if self.base is not None else ()) | dict.fromkeys(self.later_held)

@@ -168,7 +168,7 @@ class VectorWriter:
             self._path.unlink(missing_ok=True)
 
     def _seal(self) -> None:
-        assert self._file is not None  # noqa: S101 (append opened it)
+        assert self._file is not None  # append opened it
         shape = np.broadcast_to(np.float32(0), (self._count, self.dim))
         self._file.seek(0)
         self._file.write(_layout({"matrix": shape}, {}, reserve=1024)[0])

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,7 +54,7 @@ class Stretch:
         return place[rows]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class EmbeddedSnapshot:
     """Implements `retrieval.types.Snapshot`. Immutable and thread-safe; takes no lock of the collection."""
 
@@ -96,6 +96,12 @@ class EmbeddedSnapshot:
         with self.store.reading() as reader:
             return reader.thumbnail(row)
 
+    def sample(self, n: int) -> list[str]:
+        """Up to `n` ids, spread over the collection, the same ones for the same state."""
+        alive = np.flatnonzero(self.rows.alive)
+        picked = alive[np.linspace(0, len(alive) - 1, min(n, len(alive))).astype(np.int64)]
+        return [self.rows[row] for row in picked.tolist()]
+
     def values(self, field: str, ids: Sequence[str]) -> list[Any]:
         rows = self.rows.find(ids)
         found = self.rows.columns.values(field, [row for row in rows if row >= 0])
@@ -105,8 +111,8 @@ class EmbeddedSnapshot:
     def count(self, where: Filter | None = None) -> int:
         if where is None:
             return len(self)
-        allowed = self._allowed(where)
-        return int(np.count_nonzero(allowed))
+        selected = self.rows.columns.select(where)
+        return int(np.count_nonzero(selected & self.rows.alive))
 
     def vectors(self, space: str, side: Side, ids: Sequence[str]) -> Encoded:
         """Stored vectors of those `ids` that have one; `rows` index into `ids`."""
@@ -153,7 +159,7 @@ class EmbeddedSnapshot:
         found = [(stretch.search(queries, k, allowed, exact), stretch.rows) for stretch in stretches]
         if not found:
             return [Ranking() for _ in queries]
-        return merge(found, self.rows, k)
+        return merge(found, cast(Sequence[str], self.rows), k)  # only indexed
 
     def search_findings(
         self, parts: Sequence[Part], k: int, where: Filter | None, score: FindingsScore
