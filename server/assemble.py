@@ -95,7 +95,7 @@ class Models:
         """What a collection of this config is assembled from."""
         encoders, image_space = self.encoders(config)
         linker = self.linker(config)
-        read = self._reader(config)
+        read = self.reader(config)
         return Parts(
             encoders=encoders,
             image_space=image_space,
@@ -103,7 +103,7 @@ class Models:
             prepare=lazily(lambda: cast(Prepare, Ingest(list(encoders.values()), linker, read))),
             weights=weights,
             linker=linker,
-            findings_score=self._findings_score(linker),
+            findings_score=self.findings_score(linker),
             scorer=self.scorer(config),
         )
 
@@ -122,6 +122,7 @@ class Models:
         return {space: SpaceInfo(space, encoder.dim, encoder.digests) for space, encoder in encoders.items()}
 
     def linker(self, config: Config) -> Linker | None:
+        """What reads findings, None where the collection goes without an ontology."""
         if config.ontology == NONE:
             return None
 
@@ -133,6 +134,7 @@ class Models:
         return self._once(("linker", config.ontology), lambda: lazily(load))
 
     def scorer(self, config: Config) -> Scorer | None:
+        """The reranker, None where the collection has none."""
         name = config.reranker
         if name is None or name == NONE:
             return None
@@ -160,7 +162,8 @@ class Models:
 
         return self._once(("image", name, text_name), load)
 
-    def _findings_score(self, linker: Linker | None) -> FindingsScore | None:
+    def findings_score(self, linker: Linker | None) -> FindingsScore | None:
+        """How well the findings of documents fit those of a query."""
         if linker is None:
             return None
 
@@ -171,7 +174,8 @@ class Models:
 
         return lazily(load)
 
-    def _reader(self, config: Config) -> Callable[[ImageSource], Picture]:
+    def reader(self, config: Config) -> Callable[[ImageSource], Picture]:
+        """What decodes pictures, within the limits of the settings."""
         settings = self.settings
 
         def read(source: ImageSource) -> Picture:

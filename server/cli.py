@@ -390,12 +390,13 @@ def _numbers(text: str | None) -> dict[str, float] | None:
 
 
 def _shard(text: str | None) -> tuple[int, int] | None:
+    """Both ways to count are right: 1 to N, and 0 to N - 1."""
     if text is None:
         return None
     number, _, of = text.partition("/")
-    if not (number.isdecimal() and of.isdecimal() and 1 <= int(number) <= int(of)):
+    if not (number.isdecimal() and of.isdecimal() and int(of) > 0 and int(number) <= int(of)):
         raise Invalid(f"--shard: got '{text}', expected I/N with I from 1 to N, such as 2/8")
-    return int(number), int(of)
+    return int(number) % int(of), int(of)
 
 
 def _lines(source: Path) -> int | None:

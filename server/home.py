@@ -285,9 +285,8 @@ class Home:
             raise BackendError(f"collection {name}: {file} cannot be read; delete the file, or tune again") from error
 
     def _quarantine(self, name: str, rejected: Sequence[Rejected]) -> None:
-        if rejected:
-            lines = (json.dumps(item._asdict(), ensure_ascii=False) + "\n" for item in rejected)
-            _write_atomically(self.folder(name) / QUARANTINE, "".join(lines))
+        lines = (json.dumps(item._asdict()) + "\n" for item in rejected)
+        _write_atomically(self.folder(name) / QUARANTINE, "".join(lines))
 
     @contextmanager
     def _locked(self, name: str) -> Iterator[None]:
