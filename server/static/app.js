@@ -1,0 +1,257 @@
+// The page: one box for words, pictures and stored documents; chips for facets; two retrievers side by side.
+
+import { collection, get, Problem, post } from "./api.js";
+import { element, hitCard } from "./hits.js";
+import { startJobs } from "./jobs.js";
+
+const $ = (id) => document.getElementById(id);
+const PAGE = 12;
+const MAX_FACETS = 5;
+
+const state = {
+  parts: [], // {image: base64, url, name, weight} or {id, name, weight}
+  textWeight: 1,
+  filters: new Map(), // field -> Set of values
+  fields: [], // metadata fields worth a facet
+  columns: [],
+  request: 0,
+};
+
+// --- the query ------------------------------------------------------------------------------------
+
+function query() {
+  const text = $("text").value.trim();
+  const parts = text ? [{ [$("kind").value]: text, weight: state.textWeight }] : [];
+  for (const part of state.parts) parts.push(part.id ? { id: part.id, weight: part.weight } : { image: part.image, weight: part.weight });
+  return parts;
+}
+
+function where() {
+  const clauses = [...state.filters].filter(([, values]) => values.size).map(([field, values]) => ({ [field]: { $in: [...values] } }));
+  return clauses.length ? { $and: clauses } : null;
+}
+
+function body(retriever, cursor) {
+  const sure = Number($("sure").value);
+  return { query: query(), retriever, k: PAGE, cursor, where: where(), facets: state.fields, min_confidence: sure || null };
+}
+
+async function search() {
+  const parts = query();
+  if (!parts.length) return say("Type some words, or drop a picture.");
+  const mine = ++state.request;
+  const retrievers = [$("retriever").value, $("beside").value].filter(Boolean);
+  say("Searching…");
+  try {
+    const path = `${collection($("collection").value)}/search`;
+    const answers = await Promise.all(retrievers.map((name) => post(path, body(name, null))));
+    if (mine !== state.request) return; // a later search has begun
+    show(retrievers, answers);
+  } catch (error) {
+    if (mine === state.request) fail(error);
+  }
+}
+
+function show(retrievers, answers) {
+  const results = $("results");
+  results.replaceChildren();
+  state.columns = retrievers.map((retriever, i) => ({ retriever, cursor: answers[i].cursor, list: element("ul", { class: "hits" }) }));
+  if (retrievers.length > 1) {
+    results.append(element("div", { class: "columns" }, ...state.columns.map((column) => element("div", {}, element("h2", {}, column.retriever), column.list))));
+  } else results.append(state.columns[0].list);
+  state.columns.forEach((column, i) => append(column, answers[i]));
+  facets(answers[0].facets);
+  const { total, took_ms: took, exact, recall } = answers[0];
+  const sure = exact ? "exact" : `approximate, measured recall ${recall.toFixed(3)}`;
+  say(total.value
+    ? `${total.relation === "gte" ? "At least " : ""}${total.value} found in ${took.total.toFixed(0)} ms · ${sure}`
+    : "Nothing relevant was found. Fewer filters, other words or a lower threshold may help.");
+}
+
+function append(column, answer) {
+  column.cursor = answer.cursor;
+  column.list.append(...answer.hits.map((hit) => hitCard(hit, { like, add })));
+  $("more").hidden = !state.columns.some((each) => each.cursor);
+}
+
+async function more() {
+  $("more").disabled = true;
+  try {
+    const path = `${collection($("collection").value)}/search`;
+    for (const column of state.columns.filter((each) => each.cursor)) append(column, await post(path, body(column.retriever, column.cursor)));
+  } catch (error) {
+    if (error instanceof Problem && error.status === 410) await search();
+    else fail(error);
+  } finally {
+    $("more").disabled = false;
+  }
+}
+
+function like(hit) {
+  $("text").value = "";
+  state.parts = [{ id: hit.id, name: hit.title || hit.id, weight: 1 }];
+  drawParts();
+  search();
+  window.scrollTo({ top: 0 });
+  $("results").focus();
+}
+
+function add(hit, weight) {
+  state.parts.push({ id: hit.id, name: hit.title || hit.id, weight });
+  drawParts();
+  search();
+}
+
+// --- pictures and weights ---------------------------------------------------------------------------
+
+async function addFile(file) {
+  if (!file) return;
+  const bytes = new Uint8Array(await file.arrayBuffer());
+  let binary = "";
+  for (let i = 0; i < bytes.length; i += 32768) binary += String.fromCharCode(...bytes.subarray(i, i + 32768));
+  const url = file.type.startsWith("image/") ? URL.createObjectURL(file) : null;
+  state.parts.push({ image: btoa(binary), url, name: file.name || "pasted picture", weight: 1 });
+  drawParts();
+  search();
+}
+
+function drawParts() {
+  const chips = state.parts.map((part, i) => element("div", { class: "part" },
+    part.url ? element("img", { src: part.url, alt: "" }) : null,
+    slider(part.name, part.weight, (value) => { part.weight = value; }),
+    element("button", { type: "button", "aria-label": `Remove ${part.name}`, onclick: () => { state.parts.splice(i, 1); drawParts(); search(); } }, "✕")));
+  if ($("text").value.trim() && state.parts.length) {
+    chips.unshift(element("div", { class: "part" }, slider("Words", state.textWeight, (value) => { state.textWeight = value; })));
+  }
+  $("parts").replaceChildren(...chips);
+}
+
+function slider(name, value, change) {
+  const shown = element("output", {}, value.toFixed(1));
+  const input = element("input", { type: "range", min: "-1", max: "1", step: "0.1", value: String(value), oninput: () => {
+    shown.textContent = Number(input.value).toFixed(1);
+    change(Number(input.value));
+  }, onchange: search });
+  return element("label", {}, element("span", { class: "name" }, `${name} `, shown), input);
+}
+
+// --- facets ------------------------------------------------------------------------------------------
+
+function facets(found) {
+  const groups = state.fields.map((field) => {
+    const chosen = state.filters.get(field) || new Set();
+    const values = new Map((found[field] || []).slice(0, 8).map(({ value, count }) => [value, count]));
+    for (const value of chosen) if (!values.has(value)) values.set(value, 0);
+    if (values.size < 2 && !chosen.size) return null;
+    const chips = [...values].map(([value, count]) => element("button", {
+      type: "button", class: "chip", "aria-pressed": String(chosen.has(value)),
+      onclick: () => toggle(field, value),
+    }, String(value), element("b", {}, String(count))));
+    return element("fieldset", {}, element("legend", {}, field), ...chips);
+  });
+  $("facets").replaceChildren(...groups.filter(Boolean));
+}
+
+function toggle(field, value) {
+  const chosen = state.filters.get(field) || new Set();
+  chosen.delete(value) || chosen.add(value);
+  state.filters.set(field, chosen);
+  search();
+}
+
+// Facets worth showing: fields whose values repeat, seen in a first plain search.
+function learnFields(hits) {
+  const values = new Map();
+  for (const hit of hits) {
+    for (const [field, value] of Object.entries(hit.metadata || {})) {
+      if (value == null || typeof value === "object") continue;
+      if (!values.has(field)) values.set(field, []);
+      values.get(field).push(value);
+    }
+  }
+  state.fields = [...values]
+    .filter(([, all]) => all.every((value) => typeof value !== "number" || Number.isInteger(value)))
+    .map(([field, all]) => [field, new Set(all).size, all.length])
+    .filter(([, different, seen]) => different > 1 && different <= Math.max(2, seen / 3))
+    .sort((a, b) => b[2] / b[1] - a[2] / a[1])
+    .slice(0, MAX_FACETS)
+    .map(([field]) => field);
+}
+
+// --- collections -------------------------------------------------------------------------------------
+
+async function openCollection() {
+  const name = $("collection").value;
+  const info = await get(collection(name));
+  const legs = info.retrievers;
+  $("retriever").replaceChildren(...legs.map((leg) => element("option", { value: leg, selected: leg === "hybrid" }, leg)));
+  $("beside").replaceChildren(element("option", { value: "" }, "nothing"), ...legs.map((leg) => element("option", { value: leg }, leg)));
+  state.filters.clear();
+  state.parts = [];
+  drawParts();
+  $("facets").replaceChildren();
+  $("results").replaceChildren();
+  $("more").hidden = true;
+  const sample = await get(`${collection(name)}/documents?limit=100`);
+  learnFields(sample.documents);
+  say(`${info.documents} documents. Type, drop a picture, or paste one.`);
+}
+
+async function start() {
+  const { collections } = await get("/v1/collections");
+  if (!collections.length) return say("No collection yet: run “lightbox index NAME SOURCE”, then reload.");
+  $("collection").replaceChildren(...collections.map(({ collection: name }) => element("option", { value: name }, name)));
+  await openCollection();
+  const wanted = new URLSearchParams(location.search).get("q");
+  if (wanted) {
+    $("text").value = wanted;
+    await search();
+  }
+}
+
+function say(text) {
+  $("status").textContent = text;
+  $("status").classList.remove("error");
+}
+
+function fail(error) {
+  $("status").textContent = error instanceof Problem ? error.message : "The server does not answer.";
+  $("status").classList.add("error");
+}
+
+// --- events ------------------------------------------------------------------------------------------
+
+$("search").addEventListener("submit", (event) => { event.preventDefault(); search(); });
+$("text").addEventListener("keydown", (event) => {
+  if (event.key === "Enter" && !event.shiftKey) { event.preventDefault(); search(); }
+});
+$("text").addEventListener("input", () => { if (state.parts.length) drawParts(); });
+$("file").addEventListener("change", () => { addFile($("file").files[0]); $("file").value = ""; });
+for (const id of ["retriever", "beside", "kind"]) $(id).addEventListener("change", () => { if (query().length) search(); });
+$("sure").addEventListener("input", () => { $("sure-value").textContent = Number($("sure").value) ? `${Math.round($("sure").value * 100)} %` : "any"; });
+$("sure").addEventListener("change", () => { if (query().length) search(); });
+$("more").addEventListener("click", more);
+$("collection").addEventListener("change", () => openCollection().catch(fail));
+document.addEventListener("paste", (event) => {
+  const file = [...(event.clipboardData?.files || [])].find((each) => each.type.startsWith("image/"));
+  if (file) { event.preventDefault(); addFile(file); }
+});
+for (const [name, over] of [["dragover", true], ["dragleave", false], ["drop", false]]) {
+  document.addEventListener(name, (event) => {
+    event.preventDefault();
+    $("drop").classList.toggle("over", over);
+    if (name === "drop") addFile(event.dataTransfer.files[0]);
+  });
+}
+const views = ["search", "jobs", "measure"];
+for (const view of views) {
+  $(`tab-${view}`).addEventListener("click", () => {
+    for (const each of views) {
+      $(`view-${each}`).hidden = each !== view;
+      $(`tab-${each}`).setAttribute("aria-pressed", String(each === view));
+    }
+  });
+}
+
+startJobs(() => $("collection").value);
+start().catch(fail);
