@@ -257,9 +257,8 @@ class Reader:
 
     def rows_of(self, ids: Sequence[str]) -> list[int]:
         """Rows that hold these ids now, published or not."""
-        return [row for (row,) in self._sql(
-            "SELECT row FROM names WHERE id IN (SELECT value FROM json_each(?))", (json.dumps(list(ids)),)
-        )]  # fmt: skip
+        found = (self._sql("SELECT row FROM names WHERE id = ?", (id,)).fetchone() for id in ids)
+        return [entry[0] for entry in found if entry is not None]
 
     def deaths(self, after: int, upto: int) -> Rows:
         """Rows that disappeared with the publishes from `after` + 1 to `upto`."""
