@@ -12,7 +12,7 @@ const state = {
   parts: [], // {image: base64, url, name, weight} or {id, name, weight}
   textWeight: 1,
   filters: new Map(), // field -> Set of values
-  fields: [], // metadata fields worth a facet
+  fields: [], // metadata fields worth a facet, as the service tells them
   columns: [],
   request: 0,
 };
@@ -159,25 +159,6 @@ function toggle(field, value) {
   search();
 }
 
-// Facets worth showing: fields whose values repeat, seen in a first plain search.
-function learnFields(hits) {
-  const values = new Map();
-  for (const hit of hits) {
-    for (const [field, value] of Object.entries(hit.metadata || {})) {
-      if (value == null || typeof value === "object") continue;
-      if (!values.has(field)) values.set(field, []);
-      values.get(field).push(value);
-    }
-  }
-  state.fields = [...values]
-    .filter(([, all]) => all.every((value) => typeof value !== "number" || Number.isInteger(value)))
-    .map(([field, all]) => [field, new Set(all).size, all.length])
-    .filter(([, different, seen]) => different > 1 && different <= Math.max(2, seen / 3))
-    .sort((a, b) => b[2] / b[1] - a[2] / a[1])
-    .slice(0, MAX_FACETS)
-    .map(([field]) => field);
-}
-
 // --- collections -------------------------------------------------------------------------------------
 
 async function openCollection() {
@@ -192,8 +173,7 @@ async function openCollection() {
   $("facets").replaceChildren();
   $("results").replaceChildren();
   $("more").hidden = true;
-  const sample = await get(`${collection(name)}/documents?limit=100`);
-  learnFields(sample.documents);
+  state.fields = info.facets.slice(0, MAX_FACETS);
   say(`${info.documents} documents. Type, drop a picture, or paste one.`);
 }
 
