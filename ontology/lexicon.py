@@ -1,0 +1,159 @@
+"""Names of concepts found in texts: a dictionary over stems that lets modifiers stand inside a name.
+
+"mildly enlarged heart", "the heart is mildly enlarged" and "heart size: enlarged" are one name, "enlarged heart";
+the names of the first source are taken in any order of their words. The longest name wins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import permutations
+from typing import NamedTuple
+
+from ontology.graph import Concept, Ontology
+from ontology.words import Vocabulary, Word
+
+ANATOMY = frozenset(["T017", "T023", "T024", "T029", "T030", "T082"])
+_SCOPES = {"NAME": 0, "EXACT": 1, "NARROW": 2, "RELATED": 3, "BROAD": 4, "LAY": 5}
+_SKIPPED = 5  # modifiers in a row inside a name
+_REORDERED = 3  # words of a name that are taken in any order
+_LONGEST = 8  # words of a name that are matched at all
+PREFIX = -1
+
+
+class Mention(NamedTuple):
+    """Words `first` to `last` (inclusive) name a concept. denies: they state the normal that denies it."""
+
+    first: int
+    last: int
+    concept: int
+    denies: bool = False
+
+
+@dataclass(frozen=True)
+class Lexicon:
+    """Names by their stems, joined by blanks, in one mapping each: a concept's number, or PREFIX.
+
+    names: in all texts. lay: everyday names, in short queries only. normal: phrases that deny a concept.
+    """
+
+    vocabulary: Vocabulary
+    concepts: Sequence[str]
+    anatomy: frozenset[int]
+    names: Mapping[str, int]
+    lay: Mapping[str, int]
+    normal: Mapping[str, int]
+
+    def mentions(self, words: Sequence[Word], everyday: bool = False) -> list[Mention]:
+        """Names from left to right, without overlap; everyday ones too where asked."""
+        tables = (self.normal, self.names, self.lay) if everyday else (self.normal, self.names)
+        found: list[Mention] = []
+        at = 0
+        while at < len(words):
+            best: tuple[int, int, int, bool] | None = None  # words of the name, -last, concept, denies
+            for table in tables:
+                match = self._longest(table, words, at)
+                if match and (best is None or match[:2] > best[:2]):
+                    best = (*match, table is self.normal)
+            if best is None:
+                at += 1
+                continue
+            mention = Mention(at, -best[1], best[2], best[3])
+            found.append(mention)
+            found += self._coordinated(words, mention)
+            at = found[-1].last + 1
+        return found
+
+    def _longest(self, table: Mapping[str, int], words: Sequence[Word], at: int) -> tuple[int, int, int] | None:
+        """(words of the name, -last word, concept) of the longest name from word `at`; the tightest of several."""
+        first = table.get(words[at].stem)
+        if first is None:
+            return None
+        best = None if first == PREFIX else (1, -at, first)
+        waiting = [(words[at].stem, at, 1, 0, False)]
+        while waiting:
+            key, last, size, skipped, joining = waiting.pop()
+            nxt = last + skipped + 1
+            if nxt >= len(words) or words[nxt].breaks:
+                continue
+            word = words[nxt]
+            joins = joining or word.comma or word.surface in ("and", "or")
+            if not joins or (table is self.normal):
+                longer = f"{key} {word.stem}"
+                concept = table.get(longer)
+                if concept is not None:
+                    if concept != PREFIX and (best is None or (size + 1, -nxt) > best[:2]):
+                        best = (size + 1, -nxt, concept)
+                    waiting.append((longer, nxt, size + 1, 0, False))
+            if joins:
+                if table is self.normal and skipped < 2 * _SKIPPED and word.stem in self.vocabulary.coordinated:
+                    waiting.append((key, last, size, skipped + 1, True))
+            elif skipped < _SKIPPED and word.stem in self.vocabulary.modifiers:
+                waiting.append((key, last, size, skipped + 1, False))
+            elif table is self.normal and word.stem in self.vocabulary.coordinated and skipped < _SKIPPED:
+                waiting.append((key, last, size, skipped + 1, False))
+        return best
+
+    def _coordinated(self, words: Sequence[Word], mention: Mention) -> Iterator[Mention]:
+        """ "pleural effusion or thickening": the second name shares the first word of the first."""
+        if mention.denies or mention.last == mention.first:
+            return
+        at = mention.last + 1
+        if at + 1 >= len(words) or words[at].breaks or words[at].surface not in ("and", "or") or words[at + 1].breaks:
+            return
+        at += 1
+        while at < len(words) - 1 and words[at].stem in self.vocabulary.modifiers and not words[at + 1].breaks:
+            at += 1
+        shared = f"{words[mention.first].stem} {words[at].stem}"
+        concept = self.names.get(shared, PREFIX)
+        if concept != PREFIX and concept != mention.concept and words[at].stem not in self.names:
+            yield Mention(at, at, concept)
+
+
+def compiled(ontology: Ontology, vocabulary: Vocabulary, reordered: str = "") -> Lexicon:
+    """The dictionary of an ontology. Names of concepts whose id starts with `reordered` match in any word order.
+
+    Where concepts share a name, the preferred one beats synonyms, exact ones beat related ones, and within that
+    the more trusted source wins.
+    """
+    ids = list(ontology.concepts)
+    ranked: dict[tuple[str, ...], tuple[int, int, int]] = {}
+    lay: dict[tuple[str, ...], tuple[int, int, int]] = {}
+    for number, concept in enumerate(ontology.concepts.values()):
+        ours = bool(reordered) and concept.id.startswith(reordered)
+        for text, scope in _names(concept):
+            key = vocabulary.key(text)
+            if not 0 < len(key) <= _LONGEST or (not ours and _too_plain(key, vocabulary)):
+                continue
+            target = lay if scope == "LAY" else ranked
+            for n, order in enumerate(permutations(key) if ours and len(key) <= _REORDERED else (key,)):
+                rank = (0 if ours else 1, _SCOPES[scope] + (10 if n else 0), number)
+                target[order] = min(target.get(order, rank), rank)
+    numbers = {id: number for number, id in enumerate(ids)}
+    normal = {
+        order: (0, 0, numbers[id])
+        for phrase, id in ontology.denials.items()
+        for order in permutations(vocabulary.key(phrase))
+    }
+    anatomy = frozenset(n for n, c in enumerate(ontology.concepts.values()) if ANATOMY.intersection(c.types))
+    return Lexicon(vocabulary, ids, anatomy, _table(ranked), _table(lay), _table(normal))
+
+
+def _names(concept: Concept) -> Iterator[tuple[str, str]]:
+    yield concept.name, "NAME"
+    for synonym in concept.synonyms:
+        yield synonym.text, synonym.scope
+
+
+def _too_plain(key: tuple[str, ...], vocabulary: Vocabulary) -> bool:
+    """A name made of modifiers, or of a few letters, says nothing by itself."""
+    return all(stem in vocabulary.modifiers for stem in key) or (len(key) == 1 and len(key[0]) < 4)
+
+
+def _table(ranked: Mapping[tuple[str, ...], tuple[int, int, int]]) -> dict[str, int]:
+    table = {" ".join(key): rank[2] for key, rank in ranked.items()}
+    for key in ranked:
+        for size in range(1, len(key)):
+            table.setdefault(" ".join(key[:size]), PREFIX)
+    return table
