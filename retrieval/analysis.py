@@ -1,8 +1,9 @@
 """Text to tokens: the one analyzer of both lexical engines and of the highlights.
 
 A token is a word, folded (NFKD, accents stripped, case folded) and stemmed (Snowball English); English stop words
-leave none. Both engines index the tokens joined by blanks, so no token holds white space. A letter of a script that
-is written without blanks (Han, Kana) is a word of its own.
+leave none, but words that deny stay: in a report they carry the meaning. Both engines index the tokens joined by
+blanks, so no token holds white space. A letter of a script that is written without blanks (Han, Kana) is a word of
+its own.
 """
 
 from __future__ import annotations
@@ -16,10 +17,13 @@ import Stemmer
 
 MAX_LETTERS = 100  # of a token: Lucene's white-space tokenizer splits what is longer than 255
 
-# Lucene's English stop words.
+NEGATIONS = frozenset(["no", "not", "without"])
+
+# Lucene's English stop words but the negations. Keeping those costs SciFact nothing (nDCG@10 0.684, 0.683 with them)
+# and helps where reports deny what they name: denied findings in words 0.734 to 0.771, present ones 0.376 to 0.397.
 _STOP_WORDS = """a an and are as at be but by for if in into is it no not of on or such that the their then there these
 they this to was will with"""
-STOP_WORDS = frozenset(_STOP_WORDS.split())
+STOP_WORDS = frozenset(_STOP_WORDS.split()) - NEGATIONS
 
 _UNSPACED = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003fffd"
 _JOINERS = "\u00ad\u200c\u200d\u2060"  # soft hyphen and its kin stand inside words and are no letters
@@ -30,7 +34,7 @@ def tokens(text: str) -> list[str]:
     """The tokens of a text in their order.
 
     >>> tokens("No pleural effusions; the patient's heart is ENLARGED.")
-    ['pleural', 'effus', 'patient', 'heart', 'enlarg']
+    ['no', 'pleural', 'effus', 'patient', 'heart', 'enlarg']
     """
     return [token for token in map(_token, _words(text).findall(text)) if token]
 

@@ -307,7 +307,9 @@ def _weighted_sum(query: Query, rankings: Sequence[Ranking], k: int) -> Ranking:
 def _covered(query: Query) -> float:
     total = inside = 0
     for part in query.parts:
-        for _, start, end in analysis.spans(part.text):
+        for token, start, end in analysis.spans(part.text):
+            if token in analysis.NEGATIONS:
+                continue  # belongs to the mention that it denies
             total += 1
             inside += any(f.span[0] <= start and end <= f.span[1] for f in part.findings)
     return inside / total if total else 1.0

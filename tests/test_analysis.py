@@ -27,9 +27,13 @@ def test_composed_and_decomposed_letters_are_one_word() -> None:
 
 
 def test_stop_words_leave_no_token() -> None:
-    assert tokens("to be or not to be") == []
+    assert tokens("to be or to be with it") == []
     assert tokens("") == []
     assert tokens(" \n\t.,;-_") == []
+
+
+def test_words_that_deny_stay() -> None:
+    assert tokens("There is no effusion, not without doubt") == ["no", "effus", "not", "without", "doubt"]
 
 
 def test_hyphens_underscores_and_digits_cut_as_expected() -> None:

@@ -102,6 +102,7 @@ def test_concept_ties_are_ordered_by_meaning_and_never_overturned(index) -> None
 def test_understood_is_the_share_of_words_inside_mentions(index) -> None:
     retriever = Ontological(index, LINKER, shared_concepts)
     assert retriever.understood(ask(Part(text="left effusion"))) == [0.5]
+    assert retriever.understood(ask(Part(text="no effusion"))) == [1.0]
 
 
 def test_fused_weighs_a_leg_by_how_much_it_understood(index) -> None:
