@@ -181,7 +181,7 @@ class _Sentence:
     def _prefixed(self, span: tuple[int, int], target: range) -> bool:
         if _PREFIX.search(self.text, max(0, span[0] - 5), span[0]) and self.text[span[0] - 1] != " ":
             return True
-        return any(self.words[at].text in _INSIDE for at in target[1:])
+        return any(self.words[at].text in _INSIDE for at in target)
 
     def _before(self, target: range, cues: list[Cue]) -> list[tuple[Role, str, bool]]:
         """Cues before the target whose scope reaches it, nearest first; the flag says that a list lies between."""
@@ -310,7 +310,7 @@ class _Sentence:
             return False
         if "," in between and len(between) > 1:
             last = between[len(between) - between[::-1].index(",") :]
-            if last and last[0] not in ("and", "or", "nor", "both", "all"):
+            if last and not {"and", "or", "nor", "both", "all"} & set(last):
                 return False
         return not any(word in (",", "and") for word in between) or not self._stated_before(target)
 

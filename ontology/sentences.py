@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 _CANDIDATE = re.compile(
     r"(?P<stop>[.!?]+)[\"')\]]*(?=\s|[A-Z]|$)"
@@ -25,6 +27,8 @@ _JOINS_NEXT = frozenset(
 )
 _JOINS_PREVIOUS = frozenset("or and nor of versus vs".split())
 _ITEM = re.compile(r"(?:[-*•●▪◦+]\s|\(?\d{1,2}[.)]|[A-Za-z][.)]\s|[A-Za-z][\w /&-]{0,40}:)")
+_LONGEST = 1000  # characters: keeps reading linear in texts without a full stop
+_OVERLAPS = 8  # mentions that may overlap at one place
 _WRAPPED = 40  # characters: a shorter line was ended on purpose
 
 
@@ -34,9 +38,29 @@ def sentences(text: str, keep: Sequence[tuple[int, int]] = ()) -> list[tuple[int
     >>> [("1.No acute disease of Dr. Roe. 2. Mass"[a:b]) for a, b in sentences("1.No acute disease of Dr. Roe. 2. Mass")]
     ['1.', 'No acute disease of Dr. Roe.', ' 2.', ' Mass']
     """
-    cuts = [cut for cut in _cuts(text) if not any(start < cut < end for start, end in keep)]
-    edges = [0, *cuts, len(text)]
-    return [(a, b) for a, b in zip(edges, edges[1:], strict=False) if a < b]
+    kept = sorted(keep)
+    starts = [start for start, _ in kept]
+    cuts = [cut for cut in _cuts(text) if not _inside(cut, kept, starts)]
+    edges = [0, *_short(text, cuts, len(text))]
+    return [(a, b) for a, b in pairwise(edges) if a < b]
+
+
+def _inside(cut: int, kept: list[tuple[int, int]], starts: list[int]) -> bool:
+    """True where a kept range, of the few that start just before the cut, reaches over it."""
+    at = bisect_left(starts, cut)
+    return any(kept[number][1] > cut for number in range(max(0, at - _OVERLAPS), at))
+
+
+def _short(text: str, cuts: list[int], end: int) -> Iterator[int]:
+    """The cuts and the end, with further cuts at spaces where a "sentence" would run for pages."""
+    last = 0
+    for cut in [*cuts, end]:
+        while cut - last > _LONGEST:
+            space = text.rfind(" ", last + 1, last + _LONGEST)
+            last = space if space > last else last + _LONGEST
+            yield last
+        last = cut
+        yield cut
 
 
 def _cuts(text: str) -> Iterator[int]:
