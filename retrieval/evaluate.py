@@ -27,7 +27,8 @@ RESAMPLES = 10_000
 SEED = 20_240_229
 UNJUDGED_DEPTH = 10
 MAX_CUTOFF = 1_000_000
-MAX_GRADE = 1_000
+MAX_GRADE = 1_000  # trec_eval makes a table as long as the highest grade
+MAX_NAME = 100  # letters of a measure
 _BLOCK = 1 << 22  # numbers drawn at once: 32 MB
 
 Values = NDArray[np.float64]
@@ -121,6 +122,8 @@ def parse_measures(measures: Sequence[str]) -> dict[str, ir_measures.Measure]:
 
 
 def _measure(name: str) -> ir_measures.Measure:
+    if not isinstance(name, str) or len(name) > MAX_NAME:  # a name is parsed as Python: no deep trees
+        raise _unknown(name)
     try:
         measure = ir_measures.parse_measure(name)
         supported = _PROVIDERS.supports(measure)  # checks the parameters first

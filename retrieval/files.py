@@ -31,7 +31,7 @@ from retrieval.errors import InputError, NotFound
 from retrieval.rows import Bad, Row, csv_header, json_rows, opened
 from retrieval.types import Document, Hit, Part, Qrels, Query, Ranking, Rejected, Run
 
-_QRELS_SUFFIXES = (".tsv", ".txt", ".qrels", ".qrel", "")
+_QRELS_SUFFIXES = (".tsv", ".txt", ".qrels", ".qrel")
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +189,7 @@ def read_qrels(path: Path | str) -> Qrels:
     qrels: Qrels = {}
     for line, text in _text_lines(path):
         query, document, grade = _judgment(path, line, text)
-        if line == 1 and not re.fullmatch(r"-?\d+(\.0+)?", grade):
+        if line == 1 and not re.search(r"\d", grade):
             continue  # the header
         if not re.fullmatch(r"-?\d{1,9}(\.0+)?", grade):
             raise InputError(f"{path.name} line {line}: expected a whole number as grade")

@@ -185,6 +185,7 @@ _ORDER: Mapping[str, Callable[[Any, Any], bool]] = {
 # --- parsing ---------------------------------------------------------------------------------------------------------
 
 _LOGICAL = ("$and", "$or", "$not")
+_ORDERING: Mapping[str, Op] = {"$gt": "gt", "$gte": "gte", "$lt": "lt", "$lte": "lte"}
 _FIELD = ("$eq", "$ne", "$gt", "$gte", "$lt", "$lte", "$in", "$nin", "$exists", "$not")
 
 
@@ -269,14 +270,8 @@ class _Parser:
                 if not isinstance(operand, bool):
                     raise Invalid(f"{at}: expected true or false, got {_said(operand)}", at)
                 return Exists(path, operand)
-            case "$gt":
-                return Compare(path, "gt", _ordered(operand, at))
-            case "$gte":
-                return Compare(path, "gte", _ordered(operand, at))
-            case "$lt":
-                return Compare(path, "lt", _ordered(operand, at))
             case _:
-                return Compare(path, "lte", _ordered(operand, at))
+                return Compare(path, _ORDERING[key], _ordered(operand, at))
 
     def several(self, operand: Any, at: str) -> tuple[Scalar, ...]:
         if not isinstance(operand, list | tuple):
