@@ -114,6 +114,10 @@ class EmbeddedSnapshot:
         selected = self.rows.columns.select(where)
         return int(np.count_nonzero(selected & self.rows.alive))
 
+    def select(self, where: Filter) -> list[str]:
+        selected = np.flatnonzero(self.rows.columns.select(where) & self.rows.alive)
+        return [self.rows[row] for row in selected.tolist()]
+
     def vectors(self, space: str, side: Side, ids: Sequence[str]) -> Encoded:
         """Stored vectors of those `ids` that have one; `rows` index into `ids`."""
         info = self._space(space)

@@ -264,6 +264,9 @@ class Snapshot(Protocol):
 
     def count(self, where: Filter | None = None) -> int: ...
 
+    def select(self, where: Filter) -> list[str]:
+        """Ids of all documents that a filter lets through, in no particular order."""
+
     def vectors(self, space: str, side: Side, ids: Sequence[str]) -> Encoded:
         """Stored vectors of those `ids` that have one; `rows` index into `ids`."""
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from indexers.rebuild import Summary
     from retrieval.files import Source
     from retrieval.request import RequestPart
+    from retrieval.types import Document, Rejected
     from server.home import Home
     from server.settings import Settings
 
@@ -301,13 +302,26 @@ def train(
 def label(
     source: Folder,
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="Default: standard output.")] = None,
+    ontology: Annotated[str | None, typer.Option(metavar="chest|PATH")] = None,
+    labels: Annotated[str | None, typer.Option(metavar="NAME|FILE", help="A label set; default chest14.")] = None,
     columns: Mapped = None,
 ) -> None:
     """Write findings and labels of every document, one JSON line each."""
-    from ontology.labels import label as labelled
+    from server.assemble import Config
 
+    rejected: list[Rejected] = []
+    told = 0
     with terminal.progress(_lines(source)) as progress:
-        _write(out, (json.dumps(row, ensure_ascii=False) for row in labelled(_source(source, columns), progress)))
+        documents = _kept(_source(source, columns).documents(), rejected)
+
+        def rows() -> Iterator[str]:
+            nonlocal told
+            for told, row in enumerate(_home().label(documents, Config.given(ontology=ontology), labels), 1):
+                progress("label", told, None)
+                yield json.dumps(row, ensure_ascii=False)
+
+        _write(out, rows())
+    say(f"{told} documents labelled" + (f", {len(rejected)} left out" if rejected else ""))
 
 
 @app.command()
@@ -399,6 +413,17 @@ def _shard(text: str | None) -> tuple[int, int] | None:
     return int(number) % int(of), int(of)
 
 
+def _kept(items: Iterable[Document | Rejected], rejected: list[Rejected]) -> Iterator[Document]:
+    """The documents; the rest goes to `rejected`."""
+    from retrieval.types import Document
+
+    for item in items:
+        if isinstance(item, Document):
+            yield item
+        else:
+            rejected.append(item)
+
+
 def _lines(source: Path) -> int | None:
     """How many documents a source has, where that is cheap to know."""
     file = source / "corpus.jsonl" if source.is_dir() else source
@@ -450,7 +475,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         status = app(args=words, prog_name="lightbox", standalone_mode=False) or 0
         sys.stdout.flush()
-    except BrokenPipeError:
+    except (BrokenPipeError, SystemExit):  # typer exits where it meets a closed pipe, and nowhere else
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `lightbox search … | head` is no error
         status = 0
     except Exception as error:  # the one place where errors end

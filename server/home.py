@@ -20,7 +20,8 @@ from retrieval import confidence
 from retrieval.confidence import Calibrations
 from retrieval.engine import ADD_BATCH, Engine, Parts
 from retrieval.errors import BackendError, Conflict, InputError, Invalid, NotFound
-from retrieval.types import Document, Progress, Rejected, Snapshot
+from retrieval.filters import Filter
+from retrieval.types import Document, Encoder, Progress, Rejected, Snapshot
 from server.assemble import Config, Models, Weights, shipped_weights
 from server.settings import Settings
 
@@ -48,7 +49,7 @@ class Open(NamedTuple):
     """An engine, and what it was assembled from."""
 
     engine: Engine
-    index: Embedded
+    opened: Embedded  # the engine's index
     config: Config
     stamp: Stamp
 
@@ -86,13 +87,26 @@ class Home:
         with self._locked(name):
             held = self._open.get(name)
             stamp = (_stamp(folder), _stamp(folder / TUNED), _stamp(folder / CALIBRATED))
-            index = held.index if held and held.stamp[0] == stamp[0] else self.models.index(folder)
+            index = held.opened if held and held.stamp[0] == stamp[0] else self.models.index(folder)
             index.snapshot()  # follows a generation that another process published
             config = Config.of(index.config)
             if held is None or (index, config, stamp) != held[1:]:
                 engine = Engine(name, index, self._parts(name, config))
                 self._open[name] = held = Open(engine, index, config, stamp)
             return held.engine
+
+    def config(self, name: str) -> Config:
+        """What the newest generation was made with."""
+        self.engine(name)
+        return self._open[name].config
+
+    def text_encoder(self, name: str | None = None) -> Encoder:
+        """What encodes the texts of collection `name`, or of new collections. Raises Invalid where it goes without."""
+        config = Config() if name is None else self.config(name)
+        encoder = self.models.encoders(config)[0].get("text")
+        if encoder is None:
+            raise Invalid(f"collection {name}: it was indexed without a text encoder")
+        return encoder
 
     def info(self, name: str) -> dict[str, Any]:
         """Counts, spaces, index kinds, weights: without loading an encoder."""
@@ -126,6 +140,15 @@ class Home:
                 "collection",
             )
         return self.settings.collections / name
+
+    def label(self, documents: Iterable[Document], config: Config, labels: str | None) -> Iterator[dict[str, Any]]:
+        """Findings and labels of every document, by the ontology of `config` and a label set (None: the shipped)."""
+        from ontology.labels import label_documents, load_labels
+
+        linker, chosen = self.models.linker(config), load_labels(labels)
+        if linker is None:
+            raise Invalid("--ontology: labels need one, got 'none'")
+        return label_documents(documents, linker, chosen)
 
     # --- changing --------------------------------------------------------------------------------
 
@@ -189,6 +212,10 @@ class Home:
         self._must_be_writable(self.folder(name))
         return engine.remove(ids)
 
+    def remove_where(self, name: str, where: Filter) -> int:
+        """How many documents the filter let through, and are gone now."""
+        return self.remove(name, self.engine(name).snapshot().select(where))
+
     def rebuild(
         self,
         name: str,
@@ -200,13 +227,20 @@ class Home:
         """A new generation of the same documents and vectors; nothing is encoded again."""
         from indexers.rebuild import rebuild
 
-        config = self._config(name).json()
+        config = self.config(name).json()
         if vector_index is not None:
             config["vector_index"] = vector_index
         self._must_be_writable(self.folder(name))
         done = rebuild(self.folder(name), vector_index=vector_index, config=config, progress=progress, gate=gate)
         self._calibrate(name, progress)
         return done
+
+    def check_vector_index(self, spec: str | None) -> None:
+        """Raises Invalid for an index that there is not, before a job is made of it."""
+        from indexers.vectors import parse_spec
+
+        if spec is not None:
+            parse_spec(spec)
 
     def rollback(self, name: str) -> int:
         """Back to the last good generation; returns its number."""
@@ -249,11 +283,6 @@ class Home:
         if not self.folder(name).is_dir():
             raise NotFound(f"collection {name}: not found in {self.settings.home}; 'lightbox index' makes one")
 
-    def _config(self, name: str) -> Config:
-        """What the newest generation was made with."""
-        self.engine(name)
-        return self._open[name].config
-
     def _parts(self, name: str, config: Config) -> Parts:
         learned = self._learned(name, config)
         parts = self.models.parts(config, {**shipped_weights(), **learned.weights})
@@ -267,7 +296,7 @@ class Home:
         progress("calibrate", 1, 1)
 
     def _keep(self, name: str, file: str, learned: Mapping[str, Any]) -> None:
-        kept = {"made_for": _legs(self._config(name)), **learned}
+        kept = {"made_for": _legs(self.config(name)), **learned}
         _write_atomically(self.folder(name) / file, json.dumps(kept))
 
     def _learned(self, name: str, config: Config) -> Learned:

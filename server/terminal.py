@@ -6,9 +6,10 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from retrieval.types import Progress
+if TYPE_CHECKING:
+    from retrieval.types import Progress
 
 LINE_EVERY_S = 5.0
 SNIPPET = 160

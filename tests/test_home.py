@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from retrieval import filters
 from retrieval.errors import BackendError, Conflict, InputError, Invalid, NotFound
 from retrieval.files import read_source
 from retrieval.request import Request, RequestPart
@@ -67,6 +68,20 @@ def test_add_upserts_and_leaves_bad_items_in_quarantine(home: Home, tmp_path: Pa
 def test_remove_says_how_many_there_were(home: Home) -> None:
     assert home.remove("films", ["a", "unknown"]) == 1
     assert "a" not in found(home, "enlarged heart")
+
+
+def test_documents_are_removed_by_filter(home: Home) -> None:
+    where = filters.parse({"projection": "ap"})
+    assert where is not None
+    assert home.remove_where("films", where) == 2
+    assert home.info("films")["documents"] == 1
+
+
+def test_the_text_encoder_of_a_collection(home: Home) -> None:
+    assert home.text_encoder("films").dim == 16
+    indexed(home, home.settings.home.parent / "source", Config(text_encoder="none"))
+    with pytest.raises(Invalid, match="without a text encoder"):
+        home.text_encoder("films")
 
 
 def test_another_process_is_followed(home: Home, tmp_path: Path) -> None:
