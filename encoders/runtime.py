@@ -10,6 +10,7 @@ The one file that imports OpenVINO. A plain ``import openvino`` reports the impo
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -70,10 +71,8 @@ class Digests:
         return hashlib.sha256(json.dumps([parts, how], sort_keys=True).encode()).hexdigest()
 
     def _keep(self) -> None:
-        try:
+        with contextlib.suppress(OSError):  # a cache that cannot be written costs time, not answers
             write(self._file, json.dumps(self._known).encode())
-        except OSError:
-            pass  # a cache that cannot be written costs time, not answers
 
 
 def write(path: Path, content: bytes) -> None:
@@ -170,33 +169,40 @@ def _unwritable(error: OSError) -> BackendError:
 # ---- conversion
 
 
-def convert(module: Module, example: Mapping[str, Any], folder: Path, probes: Sequence[Mapping[str, Any]]) -> bool:
-    """Write `module` as `tower.xml` and `tower.bin`; False where what was written does not give the same vectors.
+def convert(
+    module: Module, folder: Path, example: Mapping[str, Any], probes: Sequence[Mapping[str, Any]], *, fixed: bool
+) -> str:
+    """Write `module` as `tower.xml` and `tower.bin`, and say what runs it: `"openvino"`, or `"torch"`.
 
-    example, probes: torch inputs by name, in the order of the module's parameters; the first axis is the batch. The
-    tower is kept only if it gives the module's own output (cosine above 0.9999) on every probe: tracing freezes what
-    a module decides while it runs.
+    example, probes: torch inputs by name, in the order of the module's parameters; the first axis is the batch.
+    fixed: the other axes never change. PyTorch runs what cannot be converted, or gives other vectors afterwards
+    (cosine to the module's own 0.9999 or less on any probe): tracing freezes what a module decides while it runs.
     """
     import torch
 
-    openvino = _openvino()
     with torch.inference_mode(), _silenced():
         try:
-            model = openvino.convert_model(module, example_input=dict(example))
-        except Exception:  # whatever a foreign module trips over: it is then served by PyTorch
-            return False
-        for port, name in zip(model.inputs, example, strict=True):
-            port.get_tensor().set_names({name})
-        openvino.save_model(model, folder / "tower.xml", compress_to_fp16=True)
-        run = Tower(folder, {"runtime": "openvino"}, lambda: module)
-        faithful = all(
-            _same(module(**probe).float().numpy(), run.one({name: t.numpy() for name, t in probe.items()}))
-            for probe in probes
-        )
-    if not faithful:
-        for name in ("tower.xml", "tower.bin"):
-            (folder / name).unlink()
-    return faithful
+            _written(module, folder, example, fixed)
+            run = Tower(folder, {"runtime": "openvino"}, lambda: module)
+            for probe in probes:
+                got = run.one({name: tensor.numpy() for name, tensor in probe.items()})
+                if not _same(module(**probe).float().numpy(), got):
+                    raise RuntimeError("the converted tower gives other vectors")
+        except Exception:  # whatever a foreign module trips over
+            for path in folder.glob("tower.*"):
+                path.unlink()
+            return "torch"
+    return "openvino"
+
+
+def _written(module: Module, folder: Path, example: Mapping[str, Any], fixed: bool) -> None:
+    openvino = _openvino()
+    model = openvino.convert_model(module, example_input=dict(example))
+    for port, name in zip(model.inputs, example, strict=True):
+        port.get_tensor().set_names({name})
+    if fixed:
+        model.reshape({name: [-1, *tensor.shape[1:]] for name, tensor in example.items()})
+    openvino.save_model(model, folder / "tower.xml", compress_to_fp16=True)
 
 
 def _same(wanted: NDArray[Any], got: NDArray[Any]) -> bool:
@@ -303,7 +309,9 @@ class _foreign:
 
     def __exit__(self, _type: object, error: BaseException | None, _trace: object) -> None:
         if isinstance(error, RuntimeError):
-            raise BackendError("a converted tower does not run; delete towers/ in the cache to have it made anew") from error
+            raise BackendError(
+                "a converted tower does not run: delete towers/ in the cache to have it made anew"
+            ) from error
 
 
 def gpu() -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -154,14 +154,14 @@ def packaged() -> Path:
     return Path(spec.submodule_search_locations[0]) / "model"
 
 
-def found(name: str) -> Path:
-    """The folder of a model given as a path or as a name on the Hugging Face hub."""
+def found(name: str, owner: str = "sentence-transformers") -> Path:
+    """The folder of a model given as a path or as a name on the Hugging Face hub, where `owner/` may be left out."""
     path = Path(name).expanduser()
     if path.is_dir():
         return path
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise InputError(f"no folder {name!r}: give the folder of a model, or its name on the hub")
-    names = [name] if "/" in name else [f"sentence-transformers/{name}", name]
+    names = [name] if "/" in name else [f"{owner}/{name}", name]
     for candidate in names:
         if (kept := _fetched(candidate, local=True)) is not None:
             return kept
@@ -208,7 +208,9 @@ def model_files(folder: Path, name: str) -> dict[str, Path]:
         files = {key: path for key, path in files.items() if path.suffix not in (".bin", ".pt", ".pth")}
     weights = any(path.suffix in (".safetensors", ".bin", ".pt", ".pth") for path in files.values())
     if not weights or not any(path.suffix == ".json" for path in files.values()):
-        raise InputError(f"{name!r} holds no model: expected a folder with a configuration (JSON) and weights (safetensors)")
+        raise InputError(
+            f"{name!r} holds no model: expected a folder with a configuration (JSON) and weights (safetensors)"
+        )
     return files
 
 
@@ -238,22 +240,22 @@ class loading:
 def _make(folder: Path, name: str, out: Path) -> dict[str, Any]:
     """Convert a model and write its tokenizer; the converted tower must read the probes as the model does."""
     model = _loaded(folder, name)
-    tokenizer = getattr(model, "tokenizer", None)
+    tokenizer: Any = getattr(model, "tokenizer", None)
     if not getattr(tokenizer, "is_fast", False):
         raise InputError(f"{name!r} has no tokenizer that the tokenizers library reads: only text models of that kind")
     whole = _Whole(model)
     example = _features(model, PROBES[:2])
     probes = [_features(model, PROBES[:3]), _features(model, PROBES[3:]), _features(model, PROBES[1:2])]
     tokenizer.backend_tokenizer.save(str(out / "tokenizer.json"))
-    converted = runtime.convert(whole, example, out, probes)
-    spec = {
-        "runtime": "openvino" if converted else "torch",
+    runs = runtime.convert(whole, out, example, probes, fixed=False)
+    tokens = Tokens.spec(tokenizer, list(example), _reads(model, probes[1]))
+    _check_tokens(Tokens.read(out, tokens), model, name)
+    return {
+        "runtime": runs,
         "dim": int(whole(**example).shape[1]),
         "prompts": _prompts(model.prompts, model.default_prompt_name),
-        "tokens": Tokens.spec(tokenizer, list(example), _reads(model, probes[1])),
+        "tokens": tokens,
     }
-    _check_tokens(Tokens.read(out, spec["tokens"]), model, name)
-    return spec
 
 
 def _features(model: Any, texts: Sequence[str]) -> dict[str, Any]:
