@@ -46,7 +46,11 @@ def checked_id(value: Any) -> str:
         raise Bad("no _id, or an empty one")
     if not isinstance(value, str):
         raise Bad(f"_id: expected a text, got {_kind(value)}")
-    if len(value.encode()) > MAX_ID:
+    try:
+        size = len(value.encode())
+    except UnicodeEncodeError as error:
+        raise Bad("_id: not valid Unicode") from error
+    if size > MAX_ID:
         raise Bad(f"_id: longer than {MAX_ID} bytes")
     if _CONTROL.search(value):
         raise Bad("_id: holds a control character")
@@ -59,18 +63,20 @@ def _document(id: str, row: Row, folder: Path) -> Document:
         title=checked_text(row, "title"),
         text=checked_text(row, "text"),
         image=checked_picture(row.get("image"), folder),
-        meta=_meta(row.get("metadata")),
+        meta=checked_meta(row.get("metadata")),
     )
 
 
 def checked_text(row: Row, name: str) -> str:
+    """The text under a name, "" for none. Raises Bad."""
     value = row.get(name)
     if value is not None and not isinstance(value, str):
         raise Bad(f"{name}: expected a text, got {_kind(value)}")
     return value or ""
 
 
-def _meta(value: Any) -> dict[str, Any]:
+def checked_meta(value: Any) -> dict[str, Any]:
+    """Metadata that both backends can hold and a filter can ask for. Raises Bad."""
     if value is None:
         return {}
     if not isinstance(value, dict):
@@ -80,7 +86,6 @@ def _meta(value: Any) -> dict[str, Any]:
 
 
 def _check_meta(value: Any, depth: int) -> None:
-    """What a filter could not ask for is not let in."""
     if depth > MAX_NESTING:
         raise Bad(f"metadata: nested deeper than {MAX_NESTING} levels")
     if isinstance(value, dict | list):
@@ -145,7 +150,7 @@ def pictures(folder: Path) -> Items:
         id = path.relative_to(folder).as_posix()
         try:
             checked_id(id)
-        except (Bad, UnicodeEncodeError):
+        except Bad:
             yield None, Rejected(None, None, "the file's name cannot be an id: too long, or not UTF-8")
             continue
         try:
