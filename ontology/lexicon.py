@@ -20,15 +20,20 @@ _SKIPPED = 5  # modifiers in a row inside a name
 _REORDERED = 3  # words of a name that are taken in any order
 _LONGEST = 8  # words of a name that are matched at all
 PREFIX = -1
+NEGATIVES = frozenset(["not", "no", "without"])
 
 
 class Mention(NamedTuple):
-    """Words `first` to `last` (inclusive) name a concept. denies: they state the normal that denies it."""
+    """Words `first` to `last` (inclusive) name a concept.
+
+    denies: they state the normal that denies it. whole: a "not" among them is part of the name.
+    """
 
     first: int
     last: int
     concept: int
     denies: bool = False
+    whole: bool = False
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,7 @@ class Lexicon:
         found: list[Mention] = []
         at = 0
         while at < len(words):
-            best: tuple[int, int, int, bool] | None = None  # words of the name, -last, concept, denies
+            best: tuple[int, int, int, str, bool] | None = None  # words of the name, -last, concept, key, denies
             for table in tables:
                 match = self._longest(table, words, at)
                 if match and (best is None or match[:2] > best[:2]):
@@ -59,18 +64,20 @@ class Lexicon:
             if best is None:
                 at += 1
                 continue
-            mention = Mention(at, -best[1], best[2], best[3])
+            mention = Mention(at, -best[1], best[2], best[4], not NEGATIVES.isdisjoint(best[3].split()))
             found.append(mention)
             found += self._coordinated(words, mention)
             at = found[-1].last + 1
         return found
 
-    def _longest(self, table: Mapping[str, int], words: Sequence[Word], at: int) -> tuple[int, int, int] | None:
-        """(words of the name, -last word, concept) of the longest name from word `at`; the tightest of several."""
+    def _longest(self, table: Mapping[str, int], words: Sequence[Word], at: int) -> tuple[int, int, int, str] | None:
+        """(words of the name, -last word, concept, key) of the longest name from word `at`; the tightest of several."""
         first = table.get(words[at].stem)
-        if first is None:
+        exact = table.get(f"={_singular(words[at].surface)}", PREFIX)
+        if first is None and exact == PREFIX:
             return None
-        best = None if first == PREFIX else (1, -at, first)
+        alone = exact if first in (None, PREFIX) else first
+        best = None if alone == PREFIX or alone is None else (1, -at, alone, words[at].stem)
         waiting = [(words[at].stem, at, 1, 0, False)]
         while waiting:
             key, last, size, skipped, joining = waiting.pop()
@@ -84,7 +91,7 @@ class Lexicon:
                 concept = table.get(longer)
                 if concept is not None:
                     if concept != PREFIX and (best is None or (size + 1, -nxt) > best[:2]):
-                        best = (size + 1, -nxt, concept)
+                        best = (size + 1, -nxt, concept, longer)
                     waiting.append((longer, nxt, size + 1, 0, False))
             if joins:
                 if table is self.normal and skipped < 2 * _SKIPPED and word.stem in self.vocabulary.coordinated:
@@ -127,6 +134,8 @@ def compiled(ontology: Ontology, vocabulary: Vocabulary, reordered: str = "") ->
             if not 0 < len(key) <= _LONGEST or (not ours and _too_plain(key, vocabulary)):
                 continue
             target = lay if scope == "LAY" else ranked
+            if len(key) == 1 and not ours:
+                key = (f"={_singular(text.strip().lower())}",)  # a stem alone is too loose: "cervical", "cervicitis"
             for n, order in enumerate(permutations(key) if ours and len(key) <= _REORDERED else (key,)):
                 rank = (0 if ours else 1, _SCOPES[scope] + (10 if n else 0), number)
                 target[order] = min(target.get(order, rank), rank)
@@ -149,6 +158,10 @@ def _names(concept: Concept) -> Iterator[tuple[str, str]]:
 def _too_plain(key: tuple[str, ...], vocabulary: Vocabulary) -> bool:
     """A name made of modifiers, or of a few letters, says nothing by itself."""
     return all(stem in vocabulary.modifiers for stem in key) or (len(key) == 1 and len(key[0]) < 4)
+
+
+def _singular(word: str) -> str:
+    return word[:-1] if word.endswith("s") and not word.endswith(("ss", "is", "us")) else word
 
 
 def _table(ranked: Mapping[tuple[str, ...], tuple[int, int, int]]) -> dict[str, int]:

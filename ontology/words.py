@@ -8,7 +8,7 @@ import unicodedata
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import Stemmer
 
@@ -44,7 +44,11 @@ class Vocabulary:
 
     @classmethod
     def read(cls, path: Path) -> Vocabulary:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return cls.of(json.loads(path.read_text(encoding="utf-8")))
+
+    @classmethod
+    def of(cls, content: dict[str, Any]) -> Vocabulary:
+        """From the content of a `words.json`."""
         bare = cls(irregular=content["irregular"], stop=frozenset(content["stop"].split()))
         return cls(
             content["irregular"],

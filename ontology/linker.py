@@ -1,0 +1,206 @@
+"""Texts to findings: names by dictionary, misspellings by candidate generation, everyday words by their facets.
+
+Documents go through scispaCy (`ontology.pipeline`): sentence splitter, abbreviation detector, and candidates from its
+generator over our knowledge base. Queries take the same road on compiled tables alone: no spaCy, no torch. A test
+holds the two equal.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from ontology.assertion import assertions
+from ontology.cues import TRIGGERS
+from ontology.lexicon import Mention
+from ontology.spelling import allowance, distance
+from ontology.tables import CHEST, Tables, load_tables
+from ontology.trigrams import Candidate
+from ontology.words import Word
+from retrieval.errors import NotFound
+from retrieval.types import Assertion, Finding
+
+if TYPE_CHECKING:
+    from ontology.pipeline import Pipeline
+
+Candidates = Callable[[Sequence[str], int], list[list[Candidate]]]
+
+VERSION = 1  # of the rules: raise it when the same tables give other findings
+_PHRASE = 14  # words of a query that is read in everyday words
+_NEIGHBOURS = 10  # names looked at for a misspelled one
+_GRAM = 3  # words of a misspelled name
+_LETTERS = 6  # letters of a misspelled name, at least
+_REMEMBERED = 100_000  # spellings
+
+
+class Span(NamedTuple):
+    """Where a text names a concept. See `ontology.lexicon.Mention`."""
+
+    start: int
+    end: int
+    concept: int
+    denies: bool = False
+    whole: bool = False
+
+
+class Spelled(NamedTuple):
+    """The name that some words misspell, its concept and by how many slips."""
+
+    name: str
+    concept: int
+    slips: int
+
+
+class Dictionary:
+    """The default linker. Implements `retrieval.types.Linker`."""
+
+    def __init__(self, tables: Tables) -> None:
+        self.tables = tables
+        rules = hashlib.sha256(TRIGGERS.read_bytes()).hexdigest()
+        self.digest = hashlib.sha256(f"{tables.digest} {VERSION} {rules}".encode()).hexdigest()
+        self._spelled: dict[str, Spelled | None] = {}
+
+    def link(self, texts: Sequence[str]) -> list[tuple[Finding, ...]]:
+        """Findings of document texts, in the order of their spans."""
+        return [
+            self._findings(text, [*self._spans(text, self.pipeline.candidates), *more])
+            for text, more in zip(texts, self.pipeline.abbreviations(texts, self._long_form), strict=True)
+        ]
+
+    def link_queries(self, texts: Sequence[str]) -> list[tuple[Finding, ...]]:
+        """Findings of queries; a phrase is read in everyday words too, a whole report as a document is."""
+        return [self._findings(text, self._spans(text, self.tables.trigrams)) for text in texts]
+
+    def name(self, concept: str) -> str:
+        """Preferred name; the id itself where this ontology does not have it."""
+        number = self.tables.numbers.get(concept)
+        return concept if number is None else self.tables.names[number]
+
+    @cached_property
+    def pipeline(self) -> Pipeline:
+        """spaCy and scispaCy, loaded when the first document is linked."""
+        from ontology.pipeline import Pipeline
+
+        return Pipeline(self.tables)
+
+    def _long_form(self, text: str) -> int | None:
+        """The concept that the long form of an abbreviation names, if it is that and nothing else."""
+        words = self.tables.lexicon.vocabulary.words(text)
+        found = [m for m in self.tables.lexicon.mentions(words) if not m.denies]
+        return found[0].concept if len(found) == 1 and len(words) <= found[0].last - found[0].first + 2 else None
+
+    def _spans(self, text: str, candidates: Candidates) -> list[Span]:
+        words = self.tables.lexicon.vocabulary.words(text)
+        everyday = _is_phrase(text, words)
+        found = self.tables.lexicon.mentions(words, everyday)
+        found += self._misspelled(words, found, candidates, everyday)
+        named = [mention for mention in found if mention.concept not in self.tables.lexicon.anatomy]
+        if everyday:
+            named += self._meant(words, named)
+        return [Span(words[m.first].start, words[m.last].end, m.concept, m.denies, m.whole) for m in named]
+
+    def _misspelled(
+        self, words: Sequence[Word], found: Sequence[Mention], candidates: Candidates, everyday: bool
+    ) -> list[Mention]:
+        """Names with a slip in them: runs of words outside any name, at least one of which no name has."""
+        covered = {at for mention in found for at in range(mention.first, mention.last + 1)}
+        strange = {at for at, word in enumerate(words) if at not in covered and self._is_strange(word)}
+        runs = sorted({run for at in strange for run in _runs(words, at, covered)}, key=lambda r: (-len(r), r.start))
+        texts = {run: " ".join(words[at].surface for at in run) for run in runs}
+        self._spell([text for text in texts.values() if len(text) >= _LETTERS], candidates)
+        taken: set[int] = set()
+        extra = []
+        for run, text in texts.items():
+            spelled = self._spelled.get(text)
+            if spelled and not taken.intersection(run) and (everyday or self._is_plain(spelled)):
+                taken.update(run)
+                extra.append(Mention(run.start, run.stop - 1, spelled.concept))
+        return extra
+
+    def _is_strange(self, word: Word) -> bool:
+        return word.stem not in self.tables.known and word.surface not in self.tables.known and word.surface.isalpha()
+
+    def _is_plain(self, spelled: Spelled) -> bool:
+        """What documents are corrected to: a name that they use, one slip away. Most strange words are just words."""
+        words = self.tables.lexicon.vocabulary.words(spelled.name)
+        return spelled.slips < 2 and bool(self.tables.lexicon.mentions(words))
+
+    def _spell(self, texts: Sequence[str], candidates: Candidates) -> None:
+        """Remember for each text the name that it misspells, or None."""
+        fresh = [text for text in dict.fromkeys(texts) if text not in self._spelled]
+        if len(self._spelled) > _REMEMBERED:
+            self._spelled.clear()
+        for text, near in zip(fresh, candidates(fresh, _NEIGHBOURS) if fresh else (), strict=True):
+            self._spelled[text] = self._slip(text, near)
+
+    def _slip(self, text: str, near: Sequence[Candidate]) -> Spelled | None:
+        limit = allowance(text)
+        best: tuple[int, str] = (limit + 1, "")
+        for name, _ in near:
+            if name[0] == text[0] and name in self.tables.named:
+                best = min(best, (distance(text, name, limit), name))
+        return Spelled(best[1], self.tables.named[best[1]], best[0]) if best[0] <= limit else None
+
+    def _meant(self, words: Sequence[Word], named: Sequence[Mention]) -> list[Mention]:
+        """Concepts that clauses without a name mean by their facets."""
+        extra = []
+        for clause in _clauses(words):
+            if not any(clause.start <= mention.first < clause.stop for mention in named):
+                meaning = self.tables.facets.meaning([words[at] for at in clause])
+                if meaning:
+                    number = self.tables.numbers[meaning.concept]
+                    extra.append(Mention(clause.start + meaning.first, clause.start + meaning.last, number, whole=True))
+        return extra
+
+    def _findings(self, text: str, spans: Sequence[Span]) -> tuple[Finding, ...]:
+        ordered = sorted(set(spans))
+        for span in ordered:
+            if span.whole:  # "not fully expanded": the negation is part of the name
+                text = text[: span.start] + "x" * (span.end - span.start) + text[span.end :]
+        said = assertions(text, [(span.start, span.end) for span in ordered])
+        ids = self.tables.lexicon.concepts
+        return tuple(
+            Finding(ids[span.concept], _denied(a) if span.denies else a, (span.start, span.end))
+            for span, a in zip(ordered, said, strict=True)
+        )
+
+
+def load_linker(name_or_path: str | None, cache: Path) -> Dictionary:
+    """A linker by name (None: `chest`), or over an ontology of one's own: a file or folder.
+
+    Raises NotFound and Invalid for what is no ontology.
+    """
+    if name_or_path in (None, "chest"):
+        return Dictionary(load_tables(CHEST, cache))
+    path = Path(str(name_or_path))
+    if not path.exists():
+        raise NotFound(f"ontology: got '{path.name}', expected 'chest' or the path of an ontology file or folder")
+    return Dictionary(load_tables(path, cache))
+
+
+def _is_phrase(text: str, words: Sequence[Word]) -> bool:
+    return len(words) <= _PHRASE and sum(word.breaks for word in words) <= 2 and "\n" not in text.strip()
+
+
+def _runs(words: Sequence[Word], at: int, covered: set[int]) -> list[range]:
+    """Runs of up to three neighbouring words around word `at`, inside one clause and outside names."""
+    found = []
+    for size in range(1, _GRAM + 1):
+        for first in range(max(0, at - size + 1), min(at, len(words) - size) + 1):
+            run = range(first, first + size)
+            if not covered.intersection(run) and not any(words[n].breaks or words[n].comma for n in run[1:]):
+                found.append(run)
+    return found
+
+
+def _clauses(words: Sequence[Word]) -> list[range]:
+    starts = [at for at, word in enumerate(words) if word.breaks or word.comma or at == 0]
+    return [range(first, last) for first, last in zip(starts, [*starts[1:], len(words)])]
+
+
+def _denied(assertion: Assertion) -> Assertion:
+    """What a statement of the normal says of the finding: affirmed, it denies it."""
+    return Assertion.negated if assertion is Assertion.affirmed else Assertion.uncertain

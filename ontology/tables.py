@@ -1,0 +1,170 @@
+"""An ontology compiled for linking, kept in the cache folder: queries are linked from it without spaCy or torch.
+
+The folder is named by the digest of everything it was made from, written beside its place and renamed into it, so a
+half-built one is never seen; one that cannot be read is made again. JSON and plain numpy arrays, never pickle.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import uuid
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+from ontology import graph, trigrams
+from ontology.facets import Facets, read_facets
+from ontology.lexicon import Lexicon, compiled
+from ontology.trigrams import Trigrams
+from ontology.words import Vocabulary
+from retrieval.errors import BackendError
+
+CHEST = Path(__file__).parent / "chest"
+FORMAT = 4  # of the compiled tables: raise it when what they hold changes
+_ARRAYS = ("idf", "starts", "rows", "weights")
+
+
+@dataclass(frozen=True)
+class Tables:
+    """What linking and scoring read. `parents` and `types` go by the numbers of `lexicon.concepts`."""
+
+    digest: str
+    folder: Path
+    names: list[str]
+    types: list[list[str]]
+    parents: list[list[int]]
+    lexicon: Lexicon
+    facets: Facets
+
+    @cached_property
+    def numbers(self) -> dict[str, int]:
+        return {id: number for number, id in enumerate(self.lexicon.concepts)}
+
+    @cached_property
+    def trigrams(self) -> Trigrams:
+        """Loaded when a word is first met that no name has."""
+        arrays = {name: np.load(self.folder / f"{name}.npy", mmap_mode="r") for name in _ARRAYS}
+        return Trigrams(self._spellings["names"], self._spellings["grams"], **arrays)
+
+    @cached_property
+    def named(self) -> dict[str, int]:
+        """Name as the trigram table spells it -> the number of the concept that the dictionary gives it."""
+        return dict(zip(self.trigrams.names, self._spellings["concepts"], strict=True))
+
+    @cached_property
+    def _spellings(self) -> dict[str, Any]:
+        return cast(dict[str, Any], json.loads((self.folder / "trigrams.json").read_text(encoding="utf-8")))
+
+    @cached_property
+    def known(self) -> frozenset[str]:
+        """Stems that occur in some name, or have a part of their own in mentions."""
+        vocabulary = self.lexicon.vocabulary
+        tables = (self.lexicon.names, self.lexicon.lay, self.lexicon.normal)
+        stems = {stem for table in tables for key in table for stem in key.lstrip("=").split()}
+        return frozenset(stems) | vocabulary.modifiers | vocabulary.coordinated | vocabulary.stop
+
+
+def load_tables(source: Path, cache: Path) -> Tables:
+    """The compiled form of the ontology at `source`; compiled now where the cache does not have it.
+
+    Raises NotFound and Invalid for what is no ontology, BackendError where the cache cannot be written.
+    """
+    digest = _digest(source)
+    folder = cache / f"ontology-{digest[:16]}"
+    try:
+        return _read(folder, digest)
+    except FileNotFoundError:
+        pass
+    except (ValueError, KeyError, OSError):
+        shutil.rmtree(folder, ignore_errors=True)
+    ontology = graph.load(source)
+    try:
+        _write(folder, source, ontology)
+    except OSError as error:
+        raise BackendError(f"the compiled ontology cannot be kept in the cache: {error.strerror}") from error
+    return _read(folder, digest)
+
+
+def words_file(source: Path) -> Path:
+    own = source / "words.json"
+    return own if own.is_file() else CHEST / "words.json"
+
+
+def _digest(source: Path) -> str:
+    found = hashlib.sha256(f"{FORMAT}".encode())
+    for path in [*graph.files(source), words_file(source)]:
+        found.update(f"{path.name}\0{path.stat().st_size}\0".encode())
+        found.update(path.read_bytes())
+    return found.hexdigest()
+
+
+def _write(folder: Path, source: Path, ontology: graph.Ontology) -> None:
+    vocabulary = Vocabulary.read(words_file(source))
+    lexicon = compiled(ontology, vocabulary, "chest:")
+    facets = read_facets(source if source.is_dir() else CHEST, vocabulary)
+    made = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}")
+    made.mkdir(parents=True)
+    try:
+        numbers = {id: number for number, id in enumerate(lexicon.concepts)}
+        concepts = list(ontology.concepts.values())
+        content = {
+            "concepts": lexicon.concepts,
+            "anatomy": sorted(lexicon.anatomy),
+            "names": [concept.name for concept in concepts],
+            "types": [concept.types for concept in concepts],
+            "parents": [[numbers[parent] for parent in concept.parents] for concept in concepts],
+            "tables": [lexicon.names, lexicon.lay, lexicon.normal],
+            "facets": [[list(key), sorted(held)] for key, held in facets.words.items()],
+            "definitions": [[c, sorted(held)] for c, held in facets.definitions if c in numbers],
+            "words": json.loads(words_file(source).read_text(encoding="utf-8")),
+        }
+        _put(made / "lexicon.json", content)
+        spelled = _spellings(ontology, lexicon)
+        table = trigrams.fitted(list(spelled))
+        _put(made / "trigrams.json", {"names": table.names, "concepts": list(spelled.values()), "grams": table.grams})
+        for name in _ARRAYS:
+            np.save(made / f"{name}.npy", getattr(table, name), allow_pickle=False)
+        try:
+            made.rename(folder)
+        except OSError:
+            if not (folder / "lexicon.json").is_file():  # else another process was faster
+                raise
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+
+
+def _spellings(ontology: graph.Ontology, lexicon: Lexicon) -> dict[str, int]:
+    """Every name of six letters and more, in lower case, and the concept that the dictionary gives it."""
+    names = dict.fromkeys(
+        " ".join(text.lower().split())
+        for concept in ontology.concepts.values()
+        for text in (concept.name, *(synonym.text for synonym in concept.synonyms))
+    )
+    found = {}
+    for name in names:
+        words = lexicon.vocabulary.words(name)
+        mentions = lexicon.mentions(words, everyday=True) if len(name) > 5 else []
+        if len(mentions) == 1 and mentions[0].last - mentions[0].first + 1 == len(words) and not mentions[0].denies:
+            found[name] = mentions[0].concept
+    return found
+
+
+def _put(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, ensure_ascii=False, separators=(",", ":")), encoding="utf-8")
+
+
+def _read(folder: Path, digest: str) -> Tables:
+    content = json.loads((folder / "lexicon.json").read_text(encoding="utf-8"))
+    vocabulary = Vocabulary.of(content["words"])
+    names, lay, normal = content["tables"]
+    lexicon = Lexicon(vocabulary, content["concepts"], frozenset(content["anatomy"]), names, lay, normal)
+    facets = Facets(
+        {tuple(key): frozenset(held) for key, held in content["facets"]},
+        [(concept, frozenset(held)) for concept, held in content["definitions"]],
+    )
+    return Tables(digest, folder, content["names"], content["types"], content["parents"], lexicon, facets)
