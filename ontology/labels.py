@@ -12,13 +12,17 @@ import re
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ontology.assertion import Reading, readings
 from retrieval.errors import Invalid, NotFound
 from retrieval.types import Assertion, Document, Finding, Linker
+
+if TYPE_CHECKING:
+    from ontology.tables import Tables
 
 LABEL_SETS = Path(__file__).parent / "label_sets"
 DEFAULT = "chest14"
@@ -194,11 +198,23 @@ def _row(finding: Finding, linker: Linker) -> dict[str, Any]:
 
 
 def ancestry(linker: Linker) -> Ancestors:
-    """The concepts above a concept, where the linker's ontology knows them."""
-    graph = getattr(linker, "ontology", None)
-    if graph is None:
+    """The concepts above a concept, where the linker has an ontology (`tables`); none elsewhere."""
+    tables: Tables | None = getattr(linker, "tables", None)
+    if tables is None:
         return lambda concept: frozenset()
-    return lambda concept: frozenset(graph.ancestors(concept))
+    return lru_cache(maxsize=None)(partial(_above, tables))
+
+
+def _above(tables: Tables, concept: str) -> frozenset[str]:
+    start = tables.numbers.get(concept)
+    found: set[int] = set()
+    waiting = [] if start is None else list(tables.parents[start])
+    while waiting:
+        number = waiting.pop()
+        if number not in found:
+            found.add(number)
+            waiting += tables.parents[number]
+    return frozenset(tables.lexicon.concepts[number] for number in found)
 
 
 def label_findings(
