@@ -1,0 +1,372 @@
+"""The modified weighted Tversky index over findings (arXiv 2508.19915, section 3): what two texts say, how alike.
+
+A text is a *profile*: how strongly it asserts each concept (1 affirmed, less where it doubts or contradicts itself) and
+which it denies. Concepts weigh by semantic type, or by their information content. With a hierarchy, a concept lends
+its ancestors its strength, decayed at every step, so that a hemothorax and an effusion share something.
+
+For reports, with I = sum of w * min(q, d), f = W(d) - I and b = W(q) - I:
+    sim = I / (I + beta * (alpha * min(f, b) + (1 - alpha) * max(f, b)) + cost * C)
+where C weighs what one asserts and the other denies (the signed form; the paper has only what the query itself
+contradicts). alpha 0.5, beta 1, cost 0 without hierarchy is the weighted Dice index. What both deny breaks ties.
+
+For phrases, containment: the share of the query's weight that a document answers, by asserting a concept (or one
+below it) that the query asserts, or denying one that it denies; asserting what is denied costs as much.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from retrieval.types import Assertion, Finding, FindingsScore, Linker, Part, Postings
+
+Scores = NDArray[np.float32]
+# Diseases, pathologic functions and findings as in the paper; what it weighs 0 (injuries, devices ...) counts a little.
+TYPES = {"T047": 3.0, "T191": 3.0, "T046": 2.0, "T190": 1.0, "T037": 1.0, "T019": 1.0, "T033": 1.0}
+TYPES |= {"T074": 0.3, "T061": 0.3} | dict.fromkeys(("T017", "T023", "T024", "T029", "T030", "T082"), 0.0)
+DENIALS = 0.01  # share of the denials of two reports: it orders what the asserted findings leave tied
+
+
+@dataclass(frozen=True)
+class Index:
+    """The constants of the measure.
+
+    weights: semantic type -> weight. uniform: every concept weighs 1. information: weights by concept instead.
+    decay: strength that an ancestor keeps per step (0: no hierarchy); depth: steps.
+    uncertain, disputed: strength of a doubted concept, and of one that is affirmed and denied in one text.
+    related: what a phrase gives a document that holds only the concept above the one asked for, or another below it.
+    cost: weight of contradictions between reports.
+    """
+
+    alpha: float = 0.5
+    beta: float = 1.0
+    cost: float = 0.5
+    decay: float = 0.3
+    depth: int = 2
+    uncertain: float = 0.4
+    disputed: float = 0.8
+    related: float = 0.1
+    weights: Mapping[str, float] = field(default_factory=lambda: TYPES)
+    uniform: bool = False
+    information: Mapping[str, float] | None = None
+
+
+@dataclass(frozen=True)
+class Profile:
+    """asserted: concept -> strength in (0, 1]. denied: concepts that are only denied."""
+
+    asserted: Mapping[str, float]
+    denied: frozenset[str]
+
+
+class Measure:
+    """An `Index` over the concepts of one ontology: weights and ancestors by concept id.
+
+    Concepts that the ontology does not have weigh 1 and have no ancestors.
+    """
+
+    def __init__(
+        self, index: Index, types: Callable[[str], Sequence[str]], parents: Callable[[str], Sequence[str]]
+    ) -> None:
+        self.index = index
+        self._types = types
+        self._parents = parents
+        self._weights: dict[str, float] = {}
+        self._above: dict[str, dict[str, int]] = {}
+
+    def weight(self, concept: str) -> float:
+        known = self._weights.get(concept)
+        if known is None:
+            known = self._weights[concept] = self._weigh(concept)
+        return known
+
+    def _weigh(self, concept: str) -> float:
+        if self.index.information is not None:
+            return self.index.information.get(concept, 0.0)
+        types = self._types(concept)
+        if not types:
+            return 1.0
+        weight = max(self.index.weights.get(t, 0.0) for t in types)
+        return float(weight > 0) if self.index.uniform else weight
+
+    def above(self, concept: str) -> dict[str, int]:
+        """The concept and its ancestors with their distances."""
+        known = self._above.get(concept)
+        if known is None:
+            known, level = {concept: 0}, [concept]
+            while level:
+                level = [p for node in level for p in self._parents(node) if p not in known]
+                known |= {parent: 1 + min(known[c] for c in known if parent in self._parents(c)) for parent in level}
+            self._above[concept] = known
+        return known
+
+    def profile(self, findings: Iterable[Finding | tuple[str, Assertion]]) -> Profile:
+        """What the findings of one text come to."""
+        said: dict[str, set[Assertion]] = {}
+        for concept, assertion, *_ in findings:
+            said.setdefault(concept, set()).add(assertion)
+        strengths = {concept: self.strength(found) for concept, found in said.items()}
+        asserted = {concept: strength for concept, strength in strengths.items() if strength > 0}
+        return Profile(asserted, frozenset(said) - frozenset(asserted))
+
+    def strength(self, said: set[Assertion]) -> float:
+        if Assertion.affirmed in said:
+            return self.index.disputed if Assertion.negated in said else 1.0
+        if Assertion.uncertain in said:
+            return self.index.uncertain * (self.index.disputed if Assertion.negated in said else 1.0)
+        return 0.0
+
+    def spread(self, asserted: Mapping[str, float]) -> dict[str, float]:
+        """Strengths with those that ancestors inherit."""
+        out = dict(asserted)
+        if self.index.decay:
+            for concept, strength in asserted.items():
+                for above, distance in self.above(concept).items():
+                    if 0 < distance <= self.index.depth:
+                        out[above] = max(out.get(above, 0.0), strength * self.index.decay**distance)
+        return out
+
+    def total(self, strengths: Mapping[str, float]) -> float:
+        """W: the weight of a profile."""
+        return sum(self.weight(concept) * strength for concept, strength in strengths.items())
+
+    def similarity(self, query: Profile, candidate: Profile) -> float:
+        """Two reports, by the definition in the module's docstring. In [0, 1 + DENIALS].
+
+        >>> flat = Measure(Index(), lambda concept: (), lambda concept: ())
+        >>> said = Assertion.affirmed
+        >>> flat.similarity(flat.profile([("a", said), ("b", said)]), flat.profile([("a", said)]))  # 2 * 1 / (2 + 1)
+        0.6666666666666666
+        """
+        q, d = self.spread(query.asserted), self.spread(candidate.asserted)
+        shared = sum(self.weight(c) * min(strength, d[c]) for c, strength in q.items() if c in d)
+        ends = self.total(q) - shared, self.total(d) - shared
+        contradicted = sum(self.weight(c) * candidate.asserted.get(c, 0.0) for c in query.denied)
+        contradicted += sum(self.weight(c) * strength for c, strength in query.asserted.items() if c in candidate.denied)
+        score = self.ratio(np.float64(shared), np.float64(ends[0]), np.float64(ends[1]), np.float64(contradicted))
+        both, either = len(query.denied & candidate.denied), len(query.denied) + len(candidate.denied)
+        denials = 2 * both / either if either else 0.0
+        if not query.asserted:
+            return denials / (1 + self.total(candidate.asserted))
+        return float(score) + DENIALS * denials if score > 0 else 0.0
+
+    def ratio(self, shared: Any, query_only: Any, other_only: Any, contradicted: Any) -> Any:
+        """The index from its terms, numbers or arrays; 0 where nothing is shared."""
+        low, high = np.minimum(query_only, other_only), np.maximum(query_only, other_only)
+        index = self.index
+        whole = shared + index.beta * (index.alpha * low + (1 - index.alpha) * high) + index.cost * contradicted
+        return np.where(shared > 0, shared / np.where(whole > 0, whole, 1.0), 0.0)
+
+
+def measure(linker: Linker | None = None, index: Index | None = None) -> Measure:
+    """The measure over a linker's ontology; without one (or for a linker that has none) all concepts are alike."""
+    tables = getattr(linker, "tables", None)
+    if tables is None:
+        return Measure(index or Index(), lambda concept: (), lambda concept: ())
+    ids, numbers = tables.lexicon.concepts, tables.numbers
+
+    def types(concept: str) -> Sequence[str]:
+        return tables.types[numbers[concept]] if concept in numbers else ()
+
+    def parents(concept: str) -> Sequence[str]:
+        return [ids[parent] for parent in tables.parents[numbers[concept]]] if concept in numbers else ()
+
+    return Measure(index or Index(), types, parents)
+
+
+def tversky_matrix(
+    queries: Sequence[Sequence[Finding]], documents: Sequence[Sequence[Finding]], by: Measure
+) -> Scores:
+    """(Q, N) similarities of reports: `Measure.similarity` for all pairs, as sparse products.
+
+    min(q, d) of strengths that take few values is a sum over these values v_1 < v_2 < ... of
+    (v_i - v_(i-1)) * [q >= v_i] * [d >= v_i], so that the shared weight is one sparse product per value.
+    """
+    left, right = [by.profile(found) for found in queries], [by.profile(found) for found in documents]
+    spread_left, spread_right = [by.spread(p.asserted) for p in left], [by.spread(p.asserted) for p in right]
+    everything = [*spread_left, *spread_right, *({c: 1.0 for c in p.denied} for p in (*left, *right))]
+    columns = {concept: n for n, concept in enumerate(sorted({c for held in everything for c in held}))}
+    weights = np.array([by.weight(concept) for concept in columns], np.float64)
+    q, d = _sparse(spread_left, columns), _sparse(spread_right, columns)
+    values = np.unique(np.round(np.concatenate([[0.0], q.data, d.data]), 9))
+    shared = np.zeros((len(left), len(right)))
+    for low, high in zip(values, values[1:]):
+        shared += (high - low) * (_at_least(q, high).multiply(weights) @ _at_least(d, high).T).toarray()
+    q_raw, d_raw = _sparse([p.asserted for p in left], columns), _sparse([p.asserted for p in right], columns)
+    q_denied, d_denied = (_sparse([dict.fromkeys(p.denied, 1.0) for p in side], columns) for side in (left, right))
+    contradicted = (q_denied.multiply(weights) @ d_raw.T + q_raw.multiply(weights) @ d_denied.T).toarray()
+    scores = by.ratio(shared, (q @ weights)[:, None] - shared, (d @ weights)[None, :] - shared, contradicted)
+    both = (q_denied @ d_denied.T).toarray()
+    either = np.asarray(q_denied.sum(1)) + np.asarray(d_denied.sum(1)).T
+    denials = np.divide(2 * both, either, out=np.zeros_like(both), where=either > 0)
+    silent = np.array([not p.asserted for p in left], bool)[:, None]
+    normal = denials / (1 + (d_raw @ weights)[None, :])
+    return np.where(silent, normal, np.where(scores > 0, scores + DENIALS * denials, 0.0)).astype(np.float32)
+
+
+def _sparse(rows: Sequence[Mapping[str, float]], columns: Mapping[str, int]) -> Any:
+    from scipy.sparse import csr_matrix
+
+    starts = np.cumsum([0, *map(len, rows)])
+    at = np.array([columns[concept] for row in rows for concept in row], np.int64)
+    values = np.array([strength for row in rows for strength in row.values()], np.float64)
+    return csr_matrix((values, at, starts), shape=(len(rows), len(columns)))
+
+
+def _at_least(matrix: Any, value: float) -> Any:
+    out = matrix.copy()
+    out.data = (out.data >= value - 1e-9).astype(np.float64)
+    out.eliminate_zeros()
+    return out
+
+
+def findings_score(linker: Linker | None = None, index: Index | None = None) -> FindingsScore:
+    """Scores of all rows for one query part: containment for phrases, the symmetric index for reports."""
+    by = measure(linker, index)
+    kept: dict[int, tuple[weakref.ref[Any], _Columns]] = {}
+
+    def score(part: Part, postings: Postings) -> Scores:
+        found = kept.get(id(postings))
+        if found is None or found[0]() is not postings:
+            for stale in [key for key, (alive, _) in kept.items() if alive() is None]:
+                del kept[stale]
+            found = kept[id(postings)] = (weakref.ref(postings), _Columns(by, postings))
+        profile = by.profile(part.findings)
+        return found[1].alike(profile) if part.kind == "report" else found[1].containing(profile)
+
+    return score
+
+
+class _Columns:
+    """The profiles of all rows of an index, by concept. Made once per published state."""
+
+    def __init__(self, by: Measure, postings: Postings) -> None:
+        self.by = by
+        self.size = postings.size
+        self.asserted: dict[str, tuple[NDArray[np.int32], Scores]] = {}
+        self.denied: dict[str, NDArray[np.int32]] = {}
+        said: dict[str, dict[Assertion, NDArray[np.int32]]] = {}
+        for concept, assertion in postings.concepts():
+            said.setdefault(concept, {})[Assertion(assertion)] = postings.rows(concept, assertion)
+        for concept, rows in said.items():
+            self._read(concept, rows)
+        self.spread = self._inherited(lambda distance: by.index.decay**distance if distance <= by.index.depth else 0.0)
+        self.closed = self._inherited(lambda distance: 1.0)
+        self.totals = self._total(self.spread)
+        self.raw_totals = self._total(self.asserted)
+        self.denials = np.zeros(self.size, np.float32)
+        for held in self.denied.values():
+            self.denials[held] += 1
+
+    def _read(self, concept: str, rows: Mapping[Assertion, NDArray[np.int32]]) -> None:
+        bits = np.zeros(self.size, np.int8)
+        order = (Assertion.affirmed, Assertion.uncertain, Assertion.negated)
+        for bit, assertion in enumerate(order):
+            if assertion in rows:
+                bits[rows[assertion]] |= 1 << bit
+        strengths = np.array([self.by.strength({a for n, a in enumerate(order) if b >> n & 1}) for b in range(8)])
+        values = strengths[bits].astype(np.float32)
+        held = np.flatnonzero(values).astype(np.int32)
+        if len(held):
+            self.asserted[concept] = held, values[held]
+        denied = np.flatnonzero((bits > 0) & (values == 0)).astype(np.int32)
+        if len(denied):
+            self.denied[concept] = denied
+
+    def _inherited(self, share: Callable[[int], float]) -> dict[str, tuple[NDArray[np.int32], Scores]]:
+        """Strengths with those that ancestors inherit, `share` by distance."""
+        sources: dict[str, list[tuple[str, float]]] = {}
+        for concept in self.asserted:
+            for above, distance in self.by.above(concept).items():
+                factor = share(distance) if distance else 1.0
+                if factor:
+                    sources.setdefault(above, []).append((concept, factor))
+        out = {}
+        for above, lenders in sources.items():
+            if len(lenders) == 1 and lenders[0][0] == above:
+                out[above] = self.asserted[above]
+                continue
+            values = np.zeros(self.size, np.float32)
+            for concept, factor in lenders:
+                rows, strengths = self.asserted[concept]
+                values[rows] = np.maximum(values[rows], np.float32(factor) * strengths)
+            held = np.flatnonzero(values).astype(np.int32)
+            out[above] = held, values[held]
+        return out
+
+    def _total(self, columns: Mapping[str, tuple[NDArray[np.int32], Scores]]) -> Scores:
+        total = np.zeros(self.size, np.float32)
+        for concept, (rows, strengths) in columns.items():
+            total[rows] += np.float32(self.by.weight(concept)) * strengths
+        return total
+
+    def alike(self, query: Profile) -> Scores:
+        """(N,) similarities to a report."""
+        denials = self._denials(query)
+        if not query.asserted:
+            return denials / (1 + self.raw_totals)
+        spread = self.by.spread(query.asserted)
+        shared = np.zeros(self.size, np.float32)
+        for concept, strength in spread.items():
+            if concept in self.spread:
+                rows, strengths = self.spread[concept]
+                shared[rows] += np.float32(self.by.weight(concept)) * np.minimum(strengths, np.float32(strength))
+        rows = np.flatnonzero(shared)
+        contradicted = self._contradicted(query)[rows]
+        own = np.float32(self.by.total(spread)) - shared[rows]
+        out = np.zeros(self.size, np.float32)
+        out[rows] = self.by.ratio(shared[rows], own, self.totals[rows] - shared[rows], contradicted)
+        out[rows] += np.float32(DENIALS) * denials[rows]
+        return out
+
+    def _denials(self, query: Profile) -> Scores:
+        """(N,) Dice index of the denied sets."""
+        both = np.zeros(self.size, np.float32)
+        for concept in query.denied:
+            if concept in self.denied:
+                both[self.denied[concept]] += 2
+        return np.asarray(both / np.maximum(self.denials + np.float32(len(query.denied)), 1), np.float32)
+
+    def _contradicted(self, query: Profile) -> Scores:
+        out = np.zeros(self.size, np.float32)
+        for concept in query.denied:
+            if concept in self.asserted:
+                rows, strengths = self.asserted[concept]
+                out[rows] += np.float32(self.by.weight(concept)) * strengths
+        for concept, strength in query.asserted.items():
+            if concept in self.denied:
+                out[self.denied[concept]] += np.float32(self.by.weight(concept) * strength)
+        return out
+
+    def containing(self, query: Profile) -> Scores:
+        """(N,) share of a phrase's weight that the rows answer; never above 0 for rows that contradict all of it."""
+        weights = {concept: self.by.weight(concept) for concept in (*query.asserted, *query.denied)}
+        if not any(weights.values()):
+            weights = dict.fromkeys(weights, 1.0)
+        total = np.zeros(self.size, np.float32)
+        for concept in query.asserted:
+            self._answer(concept, np.float32(weights[concept]), total)
+        for concept in query.denied:
+            if concept in self.denied:
+                total[self.denied[concept]] += np.float32(weights[concept])
+            if concept in self.closed:
+                rows, strengths = self.closed[concept]
+                total[rows] -= np.float32(weights[concept]) * strengths
+        return np.maximum(total / np.float32(sum(weights.values()) or 1.0), 0)
+
+    def _answer(self, concept: str, weight: np.float32, total: Scores) -> None:
+        """Add what the rows say of an asserted concept: themselves, below it, or at least near it; denying it costs."""
+        values = np.zeros(self.size, np.float32)
+        for above, distance in self.by.above(concept).items():
+            if above in self.closed and distance <= 1 and (distance == 0 or self.by.index.related):
+                rows, strengths = self.closed[above]
+                factor = np.float32(self.by.index.related if distance else 1.0)
+                values[rows] = np.maximum(values[rows], factor * strengths)
+        if concept in self.denied:
+            values[self.denied[concept]] = -1.0
+        total += weight * values
