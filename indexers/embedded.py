@@ -21,7 +21,7 @@ import numpy as np
 
 from indexers import shards
 from indexers.generation import Generation
-from indexers.shards import disk
+from indexers.shards import Damaged, disk
 from indexers.snapshot import EmbeddedSnapshot
 from indexers.store import Record
 from retrieval.errors import Conflict, Invalid, NotFound
@@ -44,10 +44,24 @@ class Embedded:
         self.folder = folder
         self._guard = threading.Lock()  # over what this object knows; held for moments
         self._turn = threading.Lock()  # over writes of this object
-        self._generation = Generation(folder, current(folder))
-        self._pointer = _stamp(folder)
-        self._version = self._generation.store.version()
-        self._snapshot = self._generation.load()
+        self._pointer: tuple[int, int] | None = None
+        self._version = (-1, -1)
+        self._open()
+
+    def _open(self) -> None:
+        """Opens the published generation; another process may swap it at the same moment."""
+        while True:
+            stamp, number = _stamp(self.folder), current(self.folder)
+            try:
+                self._generation = Generation(self.folder, number)
+                version = self._generation.store.version(), 0
+                self._snapshot = self._generation.load()
+            except Damaged:
+                if current(self.folder) != number:
+                    continue
+                raise
+            self._pointer, self._version = stamp, version
+            return
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -63,14 +77,12 @@ class Embedded:
             return self._snapshot
 
     def _follow(self) -> None:
-        stamp = _stamp(self.folder)
-        if stamp != self._pointer:
-            number = current(self.folder)
-            if number != self._generation.number:
-                self._generation = Generation(self.folder, number)  # the old one lives on in its snapshots
-                self._snapshot = self._generation.load()
+        if (stamp := _stamp(self.folder)) != self._pointer:
+            if current(self.folder) != self._generation.number:
+                self._open()  # the old generation lives on in its snapshots
+                return
             self._pointer = stamp
-        version = self._generation.store.version()
+        version = self._generation.store.version(), self._generation.verified
         if version != self._version:
             self._snapshot = self._generation.load(self._snapshot)
             self._version = version
@@ -120,6 +132,8 @@ class Embedded:
         """Shows everything that was written, all at once, and mends what is damaged."""
         with self._writing():
             self._generation.publish(self._snapshot)
+            if _pointed(self.folder) is None:
+                point(self.folder, self._generation.number)
             self.snapshot()
 
     def close(self) -> None:
@@ -139,19 +153,23 @@ class Embedded:
 
 def current(folder: Path) -> int:
     """The number of the published generation."""
-    try:
-        content = json.loads((folder / POINTER).read_text())
-        if content["check"] == _check(content["generation"]):
-            return int(content["generation"])
-    except FileNotFoundError:
-        pass
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
+    number = _pointed(folder)
+    if number is not None:
+        return number
     # The pointer is lost. A generation gets its name only when it is whole, and a rolled back one is marked.
     found = finished(folder)
     if not found:
-        raise NotFound(f"no collection in '{folder.name}'; index a source first")
+        raise NotFound(f"no collection '{folder.name}'; index a source first")
     return found[-1]
+
+
+def _pointed(folder: Path) -> int | None:
+    try:
+        content = json.loads((folder / POINTER).read_text())
+        number = int(content["generation"])
+        return number if content["check"] == _check(number) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def point(folder: Path, generation: int) -> None:

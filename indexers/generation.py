@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -30,13 +31,15 @@ from indexers.columns import Columns
 from indexers.rows import Base, Rows
 from indexers.scan import Stored
 from indexers.shards import Damaged
-from indexers.snapshot import EmbeddedSnapshot, Key, Stretch
+from indexers.snapshot import OK, SOUND, VERIFYING, EmbeddedSnapshot, Key, Stretch
 from indexers.store import Reader, State, Store
 from indexers.vectors import SideIndex, parse_spec
 from retrieval.errors import BackendError
 from retrieval.types import Progress, SpaceInfo
 
 Manifest = dict[str, Any]
+BACKGROUND_BYTES = 1 << 30  # derived parts from this size on are verified while they are used already
+RETRIES = 5
 FLAT = parse_spec("flat")
 SEALED_AT = 2_048  # fresh vectors of a side; more than this are no tail any more
 REWRITTEN_AT = 0.1  # share of rows that are new or dead since a derived part was made whole
@@ -59,7 +62,8 @@ class Generation:
         self.folder = folder or home / "generations" / f"{number:06d}"
         self.store = Store(self.folder / "store.sqlite")
         self.shards = home / "shards"
-        self._verified: set[Path] = set()
+        self._verified: dict[Path, str] = {}  # what was found, or that it is still being looked at
+        self.verified = 0  # files whose state was found out in the background
 
     def close(self) -> None:
         self.store.close()
@@ -71,15 +75,24 @@ class Generation:
 
         ahead: the state that the next publish will show.
         """
+        for _ in range(RETRIES):
+            found = self._load(previous, ahead)
+            with self.store.reading() as reader:
+                overtaken = reader.state().sequence != found.sequence
+            if found.sound or not overtaken or ahead:
+                break  # else a writer may have deleted files while they were opened
+        return found
+
+    def _load(self, previous: EmbeddedSnapshot | None, ahead: bool) -> EmbeddedSnapshot:
         with self.store.reading() as reader:
             state = reader.state()
             if ahead:
                 state = state._replace(sequence=state.sequence + 1, rows=state.next, documents=state.living)
-            if previous is not None and previous.sequence == state.sequence:
+            if previous is not None and previous.sequence == state.sequence and previous.settled:
                 return previous
             about = reader.about()
             manifest = self.manifest(state)
-            parts = {"manifest": "ok" if manifest else "missing or damaged"}
+            parts = {"manifest": OK if manifest else "missing or damaged"}
             rows = self._rows(reader, state, manifest, previous, parts)
             if rows.documents != state.documents:
                 raise Damaged(f"the store holds {rows.documents} of {state.documents} documents; "
@@ -124,8 +137,8 @@ class Generation:
         parts: dict[str, str],
     ) -> Rows:
         entry = manifest.get("rows")
-        if previous is not None and previous.parts["rows"] == "ok" and entry and previous.base == entry["name"]:
-            rows, sequence, parts["rows"] = previous.rows, previous.sequence, "ok"
+        if previous is not None and previous.parts["rows"] == OK and entry and previous.base == entry["name"]:
+            rows, sequence, parts["rows"] = previous.rows, previous.sequence, OK
         else:
             rows, sequence, parts["rows"] = self._based(entry)
         fresh = reader.records(len(rows), state.rows)
@@ -135,7 +148,7 @@ class Generation:
         if entry is None:
             return Rows.empty(), 0, "missing"
         try:
-            return self._base(entry), entry["sequence"], "ok"
+            return self._base(entry), entry["sequence"], OK
         except BackendError as error:
             return Rows.empty(), 0, str(error)
 
@@ -182,12 +195,12 @@ class Generation:
                 parts[name] = "missing"
             return 0, None
         try:
-            self._verify(self.folder / entry["folder"], entry["files"])
+            state = self._verify(self.folder / entry["folder"], entry["files"])
             index = SideIndex.load(self.folder / entry["folder"], chunks[: entry["shards"]], verify=False)
         except BackendError as error:
             parts[name] = str(error)
             return 0, None
-        parts[name] = "ok"
+        parts[name] = state
         return entry["shards"], index
 
     def _matrix(self, name: str) -> NDArray[np.float32]:
@@ -203,23 +216,42 @@ class Generation:
         if entry is None:
             return None
         try:
-            self._verify(self.folder / entry["folder"], entry["files"])
+            state = self._verify(self.folder / entry["folder"], entry["files"])
             found = lexical.Lexical(self.folder / entry["folder"])
         except BackendError as error:
             parts["lexical"] = str(error)
             return None
-        parts["lexical"] = "ok"
+        parts["lexical"] = state
         return found
 
-    def _verify(self, path: Path, files: shards.Checksums | None = None) -> None:
-        """Once in the life of this object for every name, since names stand for content."""
-        if path in self._verified:
-            return
-        if files is None:
-            shards.verify(path)
-        else:
-            shards.verify_folder(path, files)
-        self._verified.add(path)
+    def _verify(self, path: Path, files: shards.Checksums | None = None) -> str:
+        """`OK`, or `VERIFYING` for what is so large that it is looked at in the background; Damaged otherwise.
+
+        Done once in the life of this object for every name, since names stand for content.
+        """
+        state = self._verified.get(path)
+        if state is None:
+            size = sum(size for size, _ in files.values()) if files is not None else 0
+            if size >= BACKGROUND_BYTES:
+                self._verified[path] = state = VERIFYING
+                threading.Thread(target=self._verify_later, args=(path, files), daemon=True).start()
+            else:
+                self._check(path, files)
+                self._verified[path] = state = OK
+        if state not in (OK, VERIFYING):
+            raise Damaged(state)
+        return state
+
+    def _verify_later(self, path: Path, files: shards.Checksums | None) -> None:
+        try:
+            self._check(path, files)
+            self._verified[path] = OK
+        except Damaged as error:
+            self._verified[path] = str(error)
+        self.verified += 1  # who holds a snapshot loads it again
+
+    def _check(self, path: Path, files: shards.Checksums | None) -> None:
+        shards.verify(path) if files is None else shards.verify_folder(path, files)
 
     # --- publishing ------------------------------------------------------------------------------
 
@@ -228,8 +260,7 @@ class Generation:
         with self.store.reading() as reader:
             state = reader.state()
             deaths = reader.deaths(state.sequence, state.sequence + 1)
-        whole = all(part == "ok" for part in now.parts.values())
-        if state.next == state.rows and not len(deaths) and whole:
+        if state.next == state.rows and not len(deaths) and now.sound:
             return
         with self.store.reading() as reader:
             rows = now.rows.extended(reader.records(state.rows, state.next), state.next, deaths)
@@ -249,7 +280,7 @@ class Generation:
 
     def _publish_rows(self, rows: Rows, now: EmbeddedSnapshot, old: Manifest, sequence: int) -> Manifest:
         entry = old.get("rows")
-        if entry and now.parts["rows"] == "ok" and not _much(len(rows) - entry["rows"], len(rows), 1_000):
+        if entry and now.parts["rows"] == OK and not _much(len(rows) - entry["rows"], len(rows), 1_000):
             return dict(entry)
         name = shards.write(self.folder, "rows", rows.arrays())
         file = shards.temporary(self.folder)
@@ -261,7 +292,7 @@ class Generation:
         return {"name": name, "columns": columns, "rows": len(rows), "sequence": sequence}
 
     def _publish_words(self, rows: Rows, now: EmbeddedSnapshot, old: Manifest, deaths: NDArray[np.int32]) -> Manifest:
-        entry = old.get("lexical") if now.parts["lexical"] == "ok" else None
+        entry = old.get("lexical") if now.parts["lexical"] in SOUND else None
         if entry and len(rows) == len(now.rows) and not len(deaths):
             return dict(entry)
         # Deleted documents stay in tantivy's averages until their segment is written anew.
@@ -308,7 +339,7 @@ class Generation:
             name = f"{space}/{side}"
             names = [shard.name for shard in held if (shard.space, shard.side) == (space, side)]
             names += [sealed[space, side][0]] if (space, side) in sealed else []
-            entry = old.get("vectors", {}).get(name) if now.parts.get(f"vectors {name}") == "ok" else None
+            entry = old.get("vectors", {}).get(name) if now.parts.get(f"vectors {name}") in SOUND else None
             chunks = [self._matrix(shard) for shard in names]
             if entry and not _much(sum(map(len, chunks[entry["shards"] :])), sum(map(len, chunks)), 10_000):
                 out[name] = entry

@@ -417,17 +417,27 @@ def _sweep_partial(folder: Path) -> None:
 
 def _tidy(folder: Path, now: int) -> None:
     """Keeps this generation and the last good one, and the shards and blobs that they name."""
-    earlier = [number for number in finished(folder) if number < now][-1:]
-    keep = {now, *earlier}
+    keep = {now}
+    names, blobs = _referred(folder, now)
+    for number in [number for number in finished(folder) if number < now][-1:]:
+        try:
+            more_names, more_blobs = _referred(folder, number)
+        except Damaged:
+            continue  # no way back to a damaged generation
+        keep, names, blobs = keep | {number}, names | more_names, blobs | more_blobs
     for path in (folder / "generations").iterdir():
         if path.name.isdigit() and int(path.name) not in keep:
             shutil.rmtree(path, ignore_errors=True)
-    names: set[str] = set()
-    blobs: set[str] = set()
-    for number in keep:
-        with Generation(folder, number).store.reading() as reader:
-            names |= {shard.name for shard in reader.shards()}
-            blobs |= reader.blobs()
     shards.sweep(folder / "shards", names)
     if (folder / "blobs").exists():
         shards.sweep(folder / "blobs", blobs)
+
+
+def _referred(folder: Path, number: int) -> tuple[set[str], set[str]]:
+    """Names of the shards and blobs that a generation needs."""
+    generation = Generation(folder, number)
+    try:
+        with generation.store.reading() as reader:
+            return {shard.name for shard in reader.shards()}, reader.blobs()
+    finally:
+        generation.close()

@@ -227,6 +227,12 @@ def verify(path: Path) -> None:
         raise Damaged(f"{path.name} cannot be read: {error.strerror}") from error
 
 
+def read_bytes(path: Path) -> bytes:
+    """The content of a sealed file; Damaged where it is missing or altered."""
+    verify(path)
+    return path.read_bytes()
+
+
 def read(path: Path, check: bool = True) -> Sealed:
     """Maps a sealed file; Damaged where it is missing, truncated or (with `check`) altered."""
     if check:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from indexers.lexical import Scan
 from indexers.rows import Rows, ranked
+from indexers.shards import read_bytes
 from indexers.store import Record, Store
 from indexers.vectors import Found, SideIndex, merge
 from retrieval.errors import Conflict, Invalid, NotFound
@@ -21,6 +22,8 @@ from retrieval.types import Document, Encoded, FindingsScore, Matrix, Part, Rank
 
 Mask = NDArray[np.bool_]
 Key = tuple[str, Side]
+OK, VERIFYING = "ok", "verifying"  # states of a derived part; any other says what is wrong
+SOUND = (OK, VERIFYING)
 
 
 class Words(Protocol):
@@ -68,7 +71,7 @@ class EmbeddedSnapshot:
     words: Words | None  # None: the lexical index cannot be trusted
     store: Store
     blobs: Path
-    parts: Mapping[str, str]  # derived part -> "ok", or what is wrong with it
+    parts: Mapping[str, str]  # derived part -> its state
     vector_index: str
     base: str | None  # the file under `rows`
     _scan: list[Scan] = field(default_factory=list, repr=False)
@@ -76,6 +79,16 @@ class EmbeddedSnapshot:
 
     def __len__(self) -> int:
         return self.rows.documents
+
+    @property
+    def sound(self) -> bool:
+        """No derived part is known to be damaged or missing."""
+        return all(state in SOUND for state in self.parts.values())
+
+    @property
+    def settled(self) -> bool:
+        """Nothing is being verified any more."""
+        return VERIFYING not in self.parts.values()
 
     # --- looking up ------------------------------------------------------------------------------
 
@@ -92,7 +105,7 @@ class EmbeddedSnapshot:
         if record is None or record.picture is None:
             return None
         if record.blob is not None:
-            return (self.blobs / record.blob).read_bytes()
+            return read_bytes(self.blobs / record.blob)
         with self.store.reading() as reader:
             return reader.thumbnail(row)
 

@@ -109,7 +109,11 @@ class Shard(NamedTuple):
 
 
 def digest_of(values: Sequence[Any], content: bytes = b"") -> bytes:
-    return hashlib.blake2b(json.dumps(values).encode() + content, digest_size=16).digest()
+    """Digest of an entry; equal to no stored one where damage has changed a type."""
+    try:
+        return hashlib.blake2b(json.dumps(values).encode() + content, digest_size=16).digest()
+    except TypeError:
+        return b""
 
 
 class Store:
@@ -119,12 +123,11 @@ class Store:
         if not path.exists():
             raise Damaged(f"{path.name} is missing; roll back, or index the source again")
         self.path = path
-        self._local = threading.local()
-        self._open: list[sqlite3.Connection] = []
+        self._idle: list[sqlite3.Connection] = []
+        self._closed = False
         self._guard = threading.Lock()
         with _sqlite("opening the store"):
             self._watch = _connect(path)
-        self._open.append(self._watch)
         self._check_writes()
 
     @classmethod
@@ -142,34 +145,35 @@ class Store:
         return cls(path)
 
     def close(self) -> None:
+        """Lets go of the file as soon as nobody reads it any more."""
         with self._guard:
-            for connection in self._open:
+            self._closed = True
+            for connection in self._idle:
                 connection.close()
-            self._open.clear()
-            self._local = threading.local()
+            self._idle.clear()
+            self._watch.close()
 
     # --- transactions ----------------------------------------------------------------------------
 
-    @property
-    def connection(self) -> sqlite3.Connection:
-        """This thread's connection."""
-        found: sqlite3.Connection | None = getattr(self._local, "connection", None)
-        if found is None:
-            with _sqlite("opening the store"):
-                found = _connect(self.path)
-            self._local.connection = found
+    @contextmanager
+    def _connected(self) -> Iterator[sqlite3.Connection]:
+        """A connection of one's own: as many exist as are used at once."""
+        with self._guard:
+            connection = self._idle.pop() if self._idle else None
+        connection = connection or _connect(self.path)
+        try:
+            yield connection
+        finally:
             with self._guard:
-                self._open.append(found)
-        return found
+                if self._closed:
+                    connection.close()
+                else:
+                    self._idle.append(connection)
 
     @contextmanager
     def reading(self) -> Iterator[Reader]:
         """One consistent state, whatever is written meanwhile."""
-        connection = self.connection
-        with _sqlite("reading the store"):
-            if connection.in_transaction:
-                yield Reader(connection)
-                return
+        with _sqlite("reading the store"), self._connected() as connection:
             connection.execute("BEGIN")
             try:
                 yield Reader(connection)
@@ -179,8 +183,7 @@ class Store:
     @contextmanager
     def writing(self) -> Iterator[Writer]:
         """All or nothing; on disk at the end of the block."""
-        connection = self.connection
-        with _sqlite("writing to the store"):
+        with _sqlite("writing to the store"), self._connected() as connection:
             connection.execute("BEGIN IMMEDIATE")
             try:
                 writer = Writer(connection)
@@ -195,8 +198,8 @@ class Store:
 
     def checkpoint(self) -> None:
         """Moves the log into the database; a reader in the way only delays it."""
-        with _sqlite("writing to the store"):
-            self.connection.execute("PRAGMA wal_checkpoint(PASSIVE)")
+        with _sqlite("writing to the store"), self._connected() as connection:
+            connection.execute("PRAGMA wal_checkpoint(PASSIVE)")
 
     def version(self) -> int:
         """Changes whenever something is committed, here or in another process."""

@@ -1,4 +1,4 @@
-"""A state machine drives the embedded index against a brute-force oracle: two handles, one of them reopened at will."""
+"""A state machine drives the embedded index, through two handles, against a brute-force oracle."""
 
 from __future__ import annotations
 
@@ -28,10 +28,13 @@ SPACES = {"text": SpaceInfo("text", DIM, ENCODER.digests)}
 WORDS = ("heart", "lung", "rib", "nodule")
 IDS = st.sampled_from([f"id{n}" for n in range(12)])
 TEXTS = st.lists(st.sampled_from([*WORDS, "the"]), max_size=4).map(" ".join)
-METAS = st.fixed_dictionaries({}, optional={"n": st.integers(0, 3), "tags": st.lists(st.sampled_from("ab"), max_size=2)})
+METAS = st.fixed_dictionaries(
+    {}, optional={"n": st.integers(0, 3), "tags": st.lists(st.sampled_from("ab"), max_size=2)}
+)
 DOCUMENTS = st.builds(lambda id, text, meta: Document(id=id, text=text, meta=meta), IDS, TEXTS, METAS)
 WHERES: list[dict[str, Any] | None] = [
-    None, {"n": 1}, {"n": {"$gte": 2}}, {"tags": "a"}, {"$not": {"n": {"$exists": True}}}, {"$or": [{"n": 0}, {"tags": "b"}]},
+    None, {"n": 1}, {"n": {"$gte": 2}}, {"tags": "a"}, {"$not": {"n": {"$exists": True}}},
+    {"$or": [{"n": 0}, {"tags": "b"}]},
 ]  # fmt: skip
 
 
@@ -136,7 +139,11 @@ class IndexMachine(RuleBasedStateMachine):
                 expected = self.shown.get(id)
                 assert (got and (got.text, got.meta)) == (expected and (expected.text, expected.meta))
 
-    @rule(words=st.lists(st.sampled_from(WORDS), min_size=1, max_size=3), where=st.sampled_from(WHERES), k=st.integers(1, 14))
+    @rule(
+        words=st.lists(st.sampled_from(WORDS), min_size=1, max_size=3),
+        where=st.sampled_from(WHERES),
+        k=st.integers(1, 14),
+    )
     def search(self, words: list[str], where: dict[str, Any] | None, k: int) -> None:
         snapshot, filter = self.reader.snapshot(), parse(where)
         allowed = {id: d for id, d in self.shown.items() if filter is None or matches(filter, d.meta)}
