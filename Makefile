@@ -20,7 +20,7 @@ $(VENV)/.base: requirements/uv.txt
 
 # uv where it could be had, pip where not: the same lock, the same hashes.
 define install
-	$(VENV)/bin/uv pip install --python $(PY) --require-hashes -r $(1) || $(PY) -m pip install --require-hashes -r $(1)
+	$(VENV)/bin/uv pip install --compile-bytecode --python $(PY) --require-hashes -r $(1) || $(PY) -m pip install --require-hashes -r $(1)
 	$(PY) -m pip install --quiet --no-deps --no-build-isolation -e .
 endef
 

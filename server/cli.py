@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -471,6 +472,7 @@ def _write(out: Path | None, lines: Iterable[str]) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs one command and exits: 0 done, 2 the caller's fault, 1 ours, 130 stopped by Ctrl-C."""
+    _quiet()
     words = _home_first(sys.argv[1:] if arguments is None else arguments)
     try:
         status = app(args=words, prog_name="lightbox", standalone_mode=False) or 0
@@ -486,6 +488,14 @@ def main(arguments: list[str] | None = None) -> None:
     if status == 130:
         say("lightbox: stopped; the same command again goes on from here")
     sys.exit(status)
+
+
+def _quiet() -> None:
+    """Libraries draw bars and warn on standard error; ours is for people."""
+    if os.environ.get("LIGHTBOX_DEBUG") != "1":
+        os.environ.setdefault("TQDM_DISABLE", "1")
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        warnings.simplefilter("ignore")
 
 
 def _home_first(arguments: list[str]) -> list[str]:

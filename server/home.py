@@ -22,7 +22,7 @@ from retrieval.engine import ADD_BATCH, Engine, Parts
 from retrieval.errors import BackendError, Conflict, InputError, Invalid, NotFound
 from retrieval.filters import Filter
 from retrieval.types import Document, Encoder, Progress, Rejected, Snapshot
-from server.assemble import Config, Models, Weights, shipped_weights
+from server.assemble import NONE, Config, Models, Weights, shipped_weights
 from server.settings import Settings
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 QUARANTINE = "quarantine.jsonl"
 CALIBRATED = "calibration.json"
+FACET_SAMPLE = 200  # documents looked at for fields that make facets
 TUNED = "weights.json"  # fusion weights learned for this collection, beside its generations
 
 
@@ -127,6 +128,8 @@ class Home:
                 "weights": {**shipped_weights(), **learned.weights},
                 "tuned": sorted(learned.weights),
                 "calibrated": sorted(learned.calibrations),
+                "retrievers": retrievers(config),
+                "facets": facets(snapshot),
             }
         finally:
             index.close()
@@ -345,6 +348,24 @@ def usable(items: Iterable[Document | Rejected], source: str) -> Iterator[Docume
         rejected.append(item)
     why = f"; {len(rejected)} were rejected, the first: {rejected[0].reason}" if rejected else ""
     raise InputError(f"{source}: holds no document{why}; nothing was changed")
+
+
+def retrievers(config: Config) -> list[str]:
+    """The names that a collection of this config answers to."""
+    has = {"dense": config.text_encoder, "image": config.image_encoder, "ontology": config.ontology}
+    legs = ["hybrid", "lexical", *(leg for leg, made_by in has.items() if made_by != NONE)]
+    return legs + [f"{leg}+rerank" for leg in legs if config.reranker not in (None, NONE)]
+
+
+def facets(snapshot: Snapshot) -> list[str]:
+    """Metadata fields whose values repeat, the most telling first: seen in a sample, for filters to click on."""
+    values: dict[str, list[Any]] = {}
+    for document in snapshot.fetch(snapshot.sample(FACET_SAMPLE)):
+        for field, value in document.meta.items() if document is not None else ():
+            if isinstance(value, str | int | bool):
+                values.setdefault(field, []).append(value)
+    repeating = {f: len(set(seen)) / len(seen) for f, seen in values.items() if 1 < len(set(seen)) <= len(seen) / 1.5}
+    return sorted(repeating, key=lambda field: (repeating[field], field))
 
 
 def silent(phase: str, done: int, total: int | None) -> None:

@@ -61,24 +61,26 @@ class _Lines:
         self.phase = ""
         self.began = self.said = 0.0
         self.first = self.done = 0
+        self.last = -1  # what was said last
         self.of: int | None = None
 
     def __call__(self, phase: str, done: int, total: int | None) -> None:
         now = time.monotonic()
         if phase != self.phase:
             self.close()
-            self.phase, self.began, self.said, self.first = phase, now, now, done
+            self.phase, self.began, self.said, self.first, self.last = phase, now, now, done, -1
         self.done, self.of = done, total or self.total
         if now - self.said >= LINE_EVERY_S:
             self.said = now
             self._say(now)
 
     def close(self) -> None:
-        if self.phase:
+        if self.phase and self.done != self.last:
             self._say(time.monotonic())
-            self.phase = ""
+        self.phase = ""
 
     def _say(self, now: float) -> None:
+        self.last = self.done
         rate = (self.done - self.first) / max(now - self.began, 1e-3)
         of = f"/{self.of}" if self.of else ""
         left = f", {(self.of - self.done) / rate:.0f} s left" if self.of and rate > 0 and self.of > self.done else ""
