@@ -32,7 +32,8 @@ from retrieval.types import Matrix
 FORMAT = 1  # of a converted tower; another number makes it anew
 GPU_ROWS = 64  # fewer rows are encoded sooner on the CPU than torch is imported
 
-Inputs = Mapping[str, NDArray[Any]]  # name of an input -> (B, ...) array
+Array = NDArray[Any]
+Inputs = Mapping[str, Array]  # name of an input -> (B, ...) array
 Module = Any  # torch.nn.Module: torch is imported only where a tower is made
 
 
@@ -170,19 +171,26 @@ def _unwritable(error: OSError) -> BackendError:
 
 
 def convert(
-    module: Module, folder: Path, example: Mapping[str, Any], probes: Sequence[Mapping[str, Any]], *, fixed: bool
+    module: Module,
+    folder: Path,
+    example: Mapping[str, Any],
+    probes: Sequence[Mapping[str, Any]],
+    *,
+    fixed: bool,
+    half: bool = True,
 ) -> str:
     """Write `module` as `tower.xml` and `tower.bin`, and say what runs it: `"openvino"`, or `"torch"`.
 
     example, probes: torch inputs by name, in the order of the module's parameters; the first axis is the batch.
-    fixed: the other axes never change. PyTorch runs what cannot be converted, or gives other vectors afterwards
-    (cosine to the module's own 0.9999 or less on any probe): tracing freezes what a module decides while it runs.
+    fixed: the other axes never change. half: weights in float16, for vectors; scores keep float32.
+    PyTorch runs what cannot be converted, or gives other vectors afterwards (cosine to the module's own 0.9999 or
+    less on any probe): tracing freezes what a module decides while it runs.
     """
     import torch
 
     with torch.inference_mode(), _silenced():
         try:
-            _written(module, folder, example, fixed)
+            _save(module, folder, example, fixed, half)
             run = Tower(folder, {"runtime": "openvino"}, lambda: module)
             for probe in probes:
                 got = run.one({name: tensor.numpy() for name, tensor in probe.items()})
@@ -195,14 +203,14 @@ def convert(
     return "openvino"
 
 
-def _written(module: Module, folder: Path, example: Mapping[str, Any], fixed: bool) -> None:
+def _save(module: Module, folder: Path, example: Mapping[str, Any], fixed: bool, half: bool) -> None:
     openvino = _openvino()
     model = openvino.convert_model(module, example_input=dict(example))
     for port, name in zip(model.inputs, example, strict=True):
         port.get_tensor().set_names({name})
     if fixed:
         model.reshape({name: [-1, *tensor.shape[1:]] for name, tensor in example.items()})
-    openvino.save_model(model, folder / "tower.xml", compress_to_fp16=True)
+    openvino.save_model(model, folder / "tower.xml", compress_to_fp16=half)
 
 
 def _same(wanted: NDArray[Any], got: NDArray[Any]) -> bool:
