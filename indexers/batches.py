@@ -105,10 +105,10 @@ class Batches:
         arrays |= {
             f"thumbnail {at}": np.frombuffer(png, np.uint8) for at, png in thumbnails(0, prepared.documents).items()
         }
-        self._known[key] = shards.write(self._folder, key, arrays)
+        self._known[key] = shards.write(self._folder, key, arrays, durable=False)
 
     def get(self, key: str) -> Batch:
-        arrays = shards.read(self._folder / self._known[key]).arrays
+        arrays = shards.read(self._folder / self._known[key])
         pictures = {
             int(name.split()[1]): png.tobytes() for name, png in arrays.items() if name.startswith("thumbnail ")
         }

@@ -118,7 +118,10 @@ class Embedded:
                         writer.add_tail(space, side, rows, encoded.matrix)
 
     def _sealed(self, encoded: Encoded) -> str:
-        return shards.write(self.folder / "shards", "vectors", {"matrix": np.ascontiguousarray(encoded.matrix, "<f4")})
+        folder = self.folder / "shards"
+        name = shards.write(folder, "vectors", {"matrix": np.ascontiguousarray(encoded.matrix, "<f4")})
+        shards.sync_folder(folder)
+        return name
 
     def remove(self, ids: Sequence[str]) -> int:
         """How many existed. Unknown ids are no error."""

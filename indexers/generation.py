@@ -155,7 +155,7 @@ class Generation:
     def _base(self, entry: Mapping[str, Any]) -> Rows:
         self._verify(self.folder / entry["columns"])
         self._verify(self.folder / entry["name"])
-        base = Base(shards.read(self.folder / entry["name"], check=False).arrays)
+        base = Base(shards.read(self.folder / entry["name"], check=False))
         columns = Columns.load(self.folder / entry["columns"])
         if len(columns) != base.count:
             raise Damaged("the columns and the table of rows differ in length")
@@ -206,7 +206,7 @@ class Generation:
     def _matrix(self, name: str) -> NDArray[np.float32]:
         try:
             self._verify(self.shards / name)
-            return shards.read(self.shards / name, check=False).arrays["matrix"]
+            return shards.read(self.shards / name, check=False)["matrix"]
         except Damaged as error:
             raise Damaged(f"vectors are lost: {error}; roll back, or index the source again") from error
 
@@ -321,6 +321,7 @@ class Generation:
                 if int(alive.sum()) >= SEALED_AT:
                     matrix = np.stack(vectors)[alive]
                     sealed[key] = shards.write(self.shards, "vectors", {"matrix": matrix}), held[alive]
+                    shards.sync_folder(self.shards)
         return sealed
 
     def _publish_vectors(

@@ -14,18 +14,17 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from indexers import shards
+from indexers.assembly import PARTIAL, Assembly, copied
 from indexers.batches import Batches, key_of, source_digest
 from indexers.embedded import current, finished, point, writer_lock
-from indexers.generation import Generation
-from indexers.shards import Damaged, VectorWriter, disk
-from indexers.snapshot import EmbeddedSnapshot, Key
-from indexers.store import Record, Rows, Store
+from indexers.generation import Generation, quiet
+from indexers.shards import Damaged, disk
+from indexers.snapshot import EmbeddedSnapshot
 from indexers.vectors import parse_spec
-from retrieval.errors import BackendError, Conflict, Invalid, NotFound
-from retrieval.types import Document, Encoded, Prepare, Progress, Rejected, Snapshot, SpaceInfo
+from retrieval.errors import Invalid, NotFound
+from retrieval.types import Document, Prepare, Progress, Rejected, Snapshot, SpaceInfo
 
 BATCH = 256  # documents that are encoded together, and lost together when a process is killed
-PARTIAL = ".partial"
 QUARANTINE = "quarantine.jsonl"
 Gate = Callable[[Snapshot], None]
 
@@ -84,11 +83,11 @@ def build(
     with writer_lock(folder, 0.0, "building"):
         job.run(documents)
         with writer_lock(folder):
-            generation = _assemble(folder, about, job, progress, gate)
-            _tidy(folder, generation.number)
+            built = _assemble(folder, about, job, progress, gate)
+            _tidy(folder, built.generation)
             job.batches.drop(job.keys)
         job.write_quarantine()
-        return job.summary(generation.number, generation.load().rows.documents)
+        return job.summary(built.generation, len(built))
 
 
 class _Encoding:
@@ -159,11 +158,14 @@ class _Encoding:
         if key is not None:
             if key in self.batches:
                 self.reused += len(todo)
+                rejected = self.batches.get(key).rejected
             else:
-                self.batches.put(key, self.prepare(todo), sources, self.spaces)
+                prepared = self.prepare(todo)
+                self.batches.put(key, prepared, sources, self.spaces)
                 self.added += len(todo)
-            for rejected in self.batches.get(key).rejected:
-                self._reject(rejected)
+                rejected = prepared.rejected
+            for item in rejected:
+                self._reject(item)
         self.pieces.append(_Piece(tuple(kept), key))
 
     def _kept(self, sources: Mapping[str, str]) -> dict[str, int]:
@@ -188,104 +190,15 @@ class _Encoding:
 # --- building beside the old -----------------------------------------------------------------------
 
 
-class _Assembly:
-    """A generation that grows under a temporary name."""
-
-    def __init__(self, home: Path, about: Mapping[str, Any]) -> None:
-        self.home = home
-        folders = [path.name.partition(".")[0] for path in (home / "generations").iterdir()]
-        self.number = max((int(name) for name in folders if name.isdigit()), default=0) + 1
-        self.folder = home / "generations" / f"{self.number:06d}{PARTIAL}"
-        with disk("building a generation"):
-            self.folder.mkdir()
-        self.store = Store.create(self.folder / "store.sqlite", about)
-        self.next = 0
-        keys: list[Key] = [(space, side) for space, (_, digests) in about["spaces"].items() for side in digests]
-        dims = {space: dim for space, (dim, _) in about["spaces"].items()}
-        self._vectors = {key: VectorWriter(home / "shards", "vectors", dims[key[0]]) for key in keys}
-        self._rows: dict[Key, list[Rows]] = {key: [] for key in keys}
-
-    def add(
-        self, records: Sequence[Record], thumbnails: Mapping[int, bytes], encodings: Mapping[Key, Encoded]
-    ) -> None:
-        """Documents in new rows; thumbnails and encodings name them by their place in `records`."""
-        first = self.next
-        with self.store.writing() as writer:
-            rows = [record._replace(row=first + at) for at, record in enumerate(records)]
-            writer.add(rows, {first + at: png for at, png in thumbnails.items()})
-        for key, encoded in encodings.items():
-            self._vectors[key].append(encoded.matrix)
-            self._rows[key].append((encoded.rows + first).astype(np.int32))
-        self.next += len(records)
-
-    def finish(self, progress: Progress) -> EmbeddedSnapshot:
-        """Publishes what was added within the unfinished generation, and checks it as a reader would."""
-        expected: dict[Key, int] = {}
-        with self.store.writing() as writer:
-            for key, vectors in self._vectors.items():
-                held = np.concatenate([np.empty(0, np.int32), *self._rows[key]])
-                expected[key] = len(held)
-                for name, count in vectors.finish():
-                    writer.add_shard(*key, name, held[:count])
-                    held = held[count:]
-        generation = Generation(self.home, self.number, self.folder)
-        generation.publish(generation.load(), progress)
-        generation.close()
-        built = Generation(self.home, self.number, self.folder).load()
-        if len(built) != self.next or dict(built.sides) != expected or set(built.parts.values()) != {"ok"}:
-            raise BackendError(
-                f"what was built is not whole ({len(built)} of {self.next} documents); nothing was swapped"
-            )
-        return built
-
-    def repeat(self, before: EmbeddedSnapshot, after: EmbeddedSnapshot) -> None:
-        """Writes, unpublished, what changed between two states of another generation."""
-        fresh = np.arange(len(before.rows), len(after.rows))
-        ids = [after.rows[row] for row in fresh[after.rows.alive[fresh]].tolist()]
-        dead = np.flatnonzero(before.rows.alive & ~after.rows.alive[: len(before.rows)])
-        gone = [before.rows[row] for row in dead.tolist()]
-        with self.store.writing() as writer:
-            writer.remove(gone)
-            if ids:
-                records, thumbnails, encodings = _copied(after, ids)
-                first = writer.now.next
-                rows = [record._replace(row=first + at) for at, record in enumerate(records)]
-                writer.add(rows, {first + at: png for at, png in thumbnails.items()})
-                for key, encoded in encodings.items():
-                    writer.add_tail(*key, (encoded.rows + first).astype(np.int32), encoded.matrix)
-
-    def publish(self) -> None:
-        generation = Generation(self.home, self.number, self.folder)
-        generation.publish(generation.load())
-        generation.close()
-
-    def accept(self, built: EmbeddedSnapshot) -> Generation:
-        """Gives the generation its lasting name and makes it the published one."""
-        built.store.close()
-        self.store.close()
-        with disk("swapping generations"):
-            whole = self.folder.with_name(f"{self.number:06d}")
-            os.rename(self.folder, whole)
-            shards.sync_folder(whole.parent)
-        point(self.home, self.number)
-        return Generation(self.home, self.number)
-
-    def close(self) -> None:
-        self.store.close()
-        for vectors in self._vectors.values():
-            vectors.close()
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-
 def _assemble(
     folder: Path, about: Mapping[str, Any], job: _Encoding, progress: Progress, gate: Gate | None
-) -> Generation:
+) -> EmbeddedSnapshot:
     _sweep_partial(folder)
-    assembly = _Assembly(folder, about)
+    assembly = Assembly(folder, about)
     try:
         for done, piece in enumerate(job.pieces, 1):
             if piece.kept and job.old is not None:
-                assembly.add(*_copied(job.old, piece.kept))
+                assembly.add(*copied(job.old, piece.kept))
             if piece.key is not None:
                 batch = job.batches.get(piece.key)
                 assembly.add(batch.records, batch.thumbnails, batch.encodings)
@@ -293,28 +206,10 @@ def _assemble(
         built = assembly.finish(progress)
         if gate is not None:
             gate(built)
-        return assembly.accept(built)
+        assembly.accept(built)
+        return built
     finally:
         assembly.close()
-
-
-def _copied(
-    old: EmbeddedSnapshot, ids: Sequence[str], lenient: bool = False
-) -> tuple[list[Record], dict[int, bytes], dict[Key, Encoded]]:
-    """Documents as a published generation holds them. lenient: without those that were erased meanwhile."""
-    rows = old.rows.find(ids)
-    pictures = {}
-    with old.store.reading() as reader:
-        found = reader.records_of(rows)
-        if len(found) != len(ids):
-            if not lenient:
-                raise Conflict("the collection was changed while it was indexed; give the same command again")
-            ids = [id for id, row in zip(ids, rows, strict=True) if row in found]
-            rows = [row for row in rows if row in found]
-        for at, row in enumerate(rows):
-            if found[row].picture is not None and (png := reader.thumbnail(row)) is not None:
-                pictures[at] = png
-    return [found[row] for row in rows], pictures, {key: old.vectors(*key, ids) for key in old.sides}
 
 
 def rebuild(
@@ -334,22 +229,22 @@ def rebuild(
         old = Generation(folder, current(folder))
         now = old.load()
         _sweep_partial(folder)
-        assembly = _Assembly(folder, _description(old, vector_index, config))
+        assembly = Assembly(folder, _description(old, vector_index, config))
         try:
             for done, ids in enumerate(_alive_ids(now), 1):
-                assembly.add(*_copied(now, ids, lenient=True))
+                assembly.add(*copied(now, ids, lenient=True))
                 progress("copy", min(done * BATCH, len(now)), len(now))
             built = assembly.finish(progress)
             if gate is not None:
                 gate(built)
             with writer_lock(folder):
                 _catch_up(assembly, now, old)
-                generation = assembly.accept(built)
-                _tidy(folder, generation.number)
+                assembly.accept(built)
+                _tidy(folder, assembly.number)
         finally:
             assembly.close()
-    count = len(generation.load())
-    return Summary(generation.number, count, 0, count, 0, folder / QUARANTINE, time.monotonic() - started)
+    count = len(built)
+    return Summary(assembly.number, count, 0, count, 0, folder / QUARANTINE, time.monotonic() - started)
 
 
 def _description(old: Generation, vector_index: str | None, config: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -360,12 +255,12 @@ def _description(old: Generation, vector_index: str | None, config: Mapping[str,
     return about
 
 
-def _catch_up(assembly: _Assembly, copied: EmbeddedSnapshot, old: Generation) -> None:
+def _catch_up(assembly: Assembly, copied: EmbeddedSnapshot, old: Generation) -> None:
     """Repeats what was written and published since `copied` was taken, then what is written and not published."""
     published = old.load(copied)
     if published is not copied:
         assembly.repeat(copied, published)
-        assembly.publish()
+        assembly.publish(quiet)
     assembly.repeat(published, old.load(published, ahead=True))
 
 

@@ -17,7 +17,7 @@ import uuid
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -95,29 +95,34 @@ def temporary(folder: Path) -> Path:
 
 
 def seal(file: Path, folder: Path, label: str, ending: str = "safetensors") -> str:
-    """Flushes a temporary file and gives it its lasting name, which is returned."""
+    """Flushes a temporary file and gives it its lasting name, which is returned; see `sync_folder` for the name."""
     with disk(f"writing {label}"):
         with open(file, "rb") as handle:
             os.fsync(handle.fileno())
-        name = f"{label}-{sha256(file)}.{ending}"
-        os.replace(file, folder / name)
-        sync_folder(folder)
+        return _rename(file, folder, label, ending)
+
+
+def _rename(file: Path, folder: Path, label: str, ending: str = "safetensors") -> str:
+    name = f"{label}-{sha256(file)}.{ending}"
+    os.replace(file, folder / name)
     return name
 
 
-def write(folder: Path, label: str, arrays: Mapping[str, Array], about: Mapping[str, str] | None = None) -> str:
-    """Seals arrays in one file and returns its name."""
+def write(folder: Path, label: str, arrays: Mapping[str, Array], durable: bool = True) -> str:
+    """Seals arrays in one file and returns its name.
+
+    durable: flush it to the disk; without, a power cut may leave a file that its checksum tells to be torn.
+    """
     path = temporary(folder)
     with disk(f"writing {label}"):
         try:
-            header, spans = _layout(arrays, about or {})
+            header, spans = _layout(arrays)
             with open(path, "wb") as file:
                 file.write(header)
                 for (start, _), array in zip(spans, arrays.values(), strict=True):
                     file.write(b"\0" * (len(header) + start - file.tell()))
                     file.write(np.ascontiguousarray(array).data if array.size else b"")
-                _flush(file)
-            return seal(path, folder, label)
+            return seal(path, folder, label) if durable else _rename(path, folder, label)
         finally:
             path.unlink(missing_ok=True)
 
@@ -149,7 +154,7 @@ class VectorWriter:
                 piece, matrix = np.split(matrix, [self.rows - self._count])
                 if self._file is None:
                     self._file = open(self._path, "wb")  # noqa: SIM115 (closed by _seal or close)
-                    self._file.write(_layout({"matrix": np.empty((0, self.dim), np.float32)}, {}, reserve=1024)[0])
+                    self._file.write(_layout({"matrix": np.empty((0, self.dim), np.float32)}, reserve=1024)[0])
                 self._file.write(np.ascontiguousarray(piece, "<f4").data)
                 self._count += len(piece)
                 if self._count == self.rows:
@@ -157,9 +162,10 @@ class VectorWriter:
 
     def finish(self) -> list[tuple[str, int]]:
         """(name, vectors) of every shard, in the order that they came in."""
-        if self._count:
-            with disk(f"writing {self.label}"):
+        with disk(f"writing {self.label}"):
+            if self._count:
                 self._seal()
+            sync_folder(self.folder)
         return self.sealed
 
     def close(self) -> None:
@@ -171,8 +177,7 @@ class VectorWriter:
         assert self._file is not None  # append opened it
         shape = np.broadcast_to(np.float32(0), (self._count, self.dim))
         self._file.seek(0)
-        self._file.write(_layout({"matrix": shape}, {}, reserve=1024)[0])
-        _flush(self._file)
+        self._file.write(_layout({"matrix": shape}, reserve=1024)[0])
         self._file.close()
         self._file = None
         self.sealed.append((seal(self._path, self.folder, self.label), self._count))
@@ -184,9 +189,7 @@ def _flush(file: IO[bytes]) -> None:
     os.fsync(file.fileno())
 
 
-def _layout(
-    arrays: Mapping[str, Array], about: Mapping[str, str], reserve: int = 0
-) -> tuple[bytes, list[tuple[int, int]]]:
+def _layout(arrays: Mapping[str, Array], reserve: int = 0) -> tuple[bytes, list[tuple[int, int]]]:
     """The header of a safetensors file, and where each array lies behind it."""
     spans, at = [], 0
     for array in arrays.values():
@@ -194,7 +197,7 @@ def _layout(
         at = start + array.nbytes
         spans.append((start, at))
     # The format allows no holes, so padding between arrays is declared as arrays of its own.
-    entries: dict[str, Any] = {"__metadata__": dict(about)}
+    entries: dict[str, Any] = {}
     end = 0
     for (name, array), (start, stop) in zip(arrays.items(), spans, strict=True):
         if start > end:
@@ -208,13 +211,6 @@ def _layout(
 
 
 # --- reading ---------------------------------------------------------------------------------------
-
-
-class Sealed(NamedTuple):
-    """A sealed file of arrays, mapped into memory; nothing is read before it is used."""
-
-    arrays: Mapping[str, Array]
-    about: Mapping[str, str]
 
 
 def verify(path: Path) -> None:
@@ -233,8 +229,8 @@ def read_bytes(path: Path) -> bytes:
     return path.read_bytes()
 
 
-def read(path: Path, check: bool = True) -> Sealed:
-    """Maps a sealed file; Damaged where it is missing, truncated or (with `check`) altered."""
+def read(path: Path, check: bool = True) -> dict[str, Array]:
+    """Maps the arrays of a sealed file into memory; Damaged where it is missing, cut or (with `check`) altered."""
     if check:
         verify(path)
     try:
@@ -242,8 +238,7 @@ def read(path: Path, check: bool = True) -> Sealed:
             view = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
         start = 8 + int.from_bytes(view[:8], "little")
         entries = json.loads(bytes(view[8:start]))
-        about = entries.pop("__metadata__", {})
-        return Sealed({name: _array(view[start:], entry) for name, entry in entries.items()}, about)
+        return {name: _array(view[start:], entry) for name, entry in entries.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise Damaged(f"{path.name} cannot be read as sealed arrays") from error
 

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from indexers.shards import Damaged, disk, replace_file, sync_folder
+from indexers.shards import Damaged, disk, replace_file
 from retrieval.errors import BackendError
 from retrieval.types import Assertion, Document, Finding, Matrix, Picture, Side
 
@@ -131,18 +131,29 @@ class Store:
         self._check_writes()
 
     @classmethod
-    def create(cls, path: Path, about: Mapping[str, Any]) -> Store:
-        with _sqlite("creating the store"):
-            connection = _connect(path)
-            connection.executescript(_SCHEMA)
-            connection.execute("BEGIN IMMEDIATE")
-            _put(connection, "about", about)
-            _put(connection, "state", State()._asdict())
-            connection.execute("COMMIT")
-            connection.close()
-        replace_file(path.with_name("writes"), _counted(0))
-        sync_folder(path.parent)
-        return cls(path)
+    @contextmanager
+    def filling(cls, path: Path, about: Mapping[str, Any]) -> Iterator[Writer]:
+        """Makes a store in one go, without a log: for a folder that nobody uses unless this ends well."""
+        with _sqlite("writing the store"):
+            connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+            try:
+                for pragma in ("journal_mode = OFF", "synchronous = OFF", "cache_size = -65536"):
+                    connection.execute(f"PRAGMA {pragma}")
+                connection.executescript(_SCHEMA)
+                connection.execute("BEGIN")
+                _put(connection, "about", about)
+                _put(connection, "state", State()._asdict())
+                writer = Writer(connection)
+                yield writer
+                writer.finish()
+                connection.execute("COMMIT")
+                connection.execute("PRAGMA journal_mode = WAL")
+            finally:
+                connection.close()
+        with disk("writing the store"):
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+            replace_file(path.with_name("writes"), _counted(writer.now.writes))
 
     def close(self) -> None:
         """Lets go of the file as soon as nobody reads it any more."""
