@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -100,3 +103,107 @@ def test_the_committed_source_is_what_the_builder_makes(build: ModuleType, data:
         assert (tmp_path / name).read_text() == (DEMO / name).read_text(), f"run python demo/build.py ({name})"
     for picture in DEMO.glob("images/*/*.jpg"):
         assert (tmp_path / picture.relative_to(DEMO)).read_bytes() == picture.read_bytes()
+
+
+# --- the real thing, in processes of their own -------------------------------------------------------------------
+
+
+def lightbox(home: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "server.cli", *words],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        cwd=DEMO.parent,
+        env={**os.environ, "LIGHTBOX_HOME": str(home)},
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The collection that `make demo` builds."""
+    home = tmp_path_factory.mktemp("demo") / "home"
+    done = lightbox(home, "index", "demo", "demo")
+    assert done.returncode == 0, done.stderr
+    assert "generation 1, 557 documents (557 encoded, 0 reused)" in done.stderr
+    return home
+
+
+def hits(home: Path, *words: str) -> list[dict[str, Any]]:
+    done = lightbox(home, "search", "demo", *words, "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    found: list[dict[str, Any]] = json.loads(done.stdout)["hits"]
+    return found
+
+
+@pytest.mark.timeout(900)
+def test_words_find_radiographs(home: Path) -> None:
+    found = hits(home, "chest x-ray with enlarged heart", "-k", "5")
+    assert all(hit["metadata"]["organ"] == "chest" for hit in found)
+    assert all("heart" in hit["text"].lower() or "cardiomegaly" in hit["text"].lower() for hit in found)
+
+
+def test_a_picture_finds_itself_first(home: Path) -> None:
+    picture = "demo/images/hannover_cxr/1880e301.jpg"
+    assert hits(home, "--image", picture, "-k", "3")[0]["id"] == "hannover-1880e301"
+
+
+def test_more_like_this_leaves_out_what_was_asked_by(home: Path) -> None:
+    found = hits(home, "--like", "hannover-1880e301", "-k", "5")
+    assert len(found) == 5
+    assert "hannover-1880e301" not in {hit["id"] for hit in found}
+
+
+def test_filters_hold_for_every_hit(home: Path) -> None:
+    found = hits(home, "chest", "--where", '{"projection": "ap", "crp_val": {"$gte": 100}}', "-k", "20")
+    assert found
+    assert all(hit["metadata"]["projection"] == "ap" and hit["metadata"]["crp_val"] >= 100 for hit in found)
+
+
+def test_what_is_denied_is_found_by_denial(home: Path) -> None:
+    found = hits(home, "no pleural effusion", "--retriever", "ontology", "-k", "5")
+    assert all(
+        any(f["name"] == "pleural effusion" and f["assertion"] == "negated" for f in hit["findings"]) for hit in found
+    )
+
+
+def test_a_search_loads_neither_torch_nor_spacy(home: Path) -> None:
+    code = (
+        "import sys; from server import cli\n"
+        "try: cli.main(['search', 'demo', 'enlarged heart', '--json'])\n"
+        "except SystemExit as end: assert not end.code\n"
+        "heavy = {'torch', 'transformers', 'sentence_transformers', 'open_clip', 'timm', 'spacy', 'matplotlib'}\n"
+        "print(sorted(heavy & set(sys.modules)), file=sys.stderr)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=DEMO.parent,
+        env={**os.environ, "LIGHTBOX_HOME": str(home)},
+        check=True,
+    )
+    assert done.stderr.strip() == "[]"
+
+
+def test_the_three_searches_to_try_have_answers(home: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "demo/searches.py"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=DEMO.parent,
+        env={**os.environ, "LIGHTBOX_HOME": str(home)},
+        check=True,
+    )
+    assert done.stdout.count("$ lightbox search demo ") == 3
+    assert "nothing found" not in done.stdout
+
+
+def test_the_demo_is_measured_by_films_of_the_same_patient(home: Path) -> None:
+    words = ("evaluate", "demo", "demo", "--retriever", "image", "--drop-identical-ids", "--json")
+    found = json.loads(lightbox(home, *words).stdout)
+    assert found["queries"] == 37
+    assert found["results"]["image"]["nDCG@10"] > 0.1
