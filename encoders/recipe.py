@@ -1,0 +1,203 @@
+"""Recipes: TOML files that say all that a training run depends on. Read strictly: what is unknown is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from retrieval.errors import InputError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Data:
+    """Which films, by folder and part. A relative `source` lies under LIGHTBOX_DATA (default ../shared/data)."""
+
+    source: str
+    part: str = "train"  # a fifth of the studies, cut by a hash of the id, is kept for evaluation; "all" takes both
+    lateral: float = 0.0  # share of lateral films among those drawn
+    balance: float = 0.0  # 0 draws studies evenly, 1 as if every finding were as frequent as the others
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tower:
+    """A timm model that reads one grey channel, and how a film becomes its input."""
+
+    name: str
+    size: int
+    mean: float = 0.5
+    std: float = 0.25
+    dropout: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Schedule:
+    """How long, how fast, on what. An epoch draws as many films as there are frontal ones."""
+
+    epochs: int
+    batch: int = 128
+    seed: int = 0
+    rate: float = 1e-3
+    warmup: float = 0.15  # share of the steps in which the rate rises
+    weight_decay: float = 0.05
+    size_from: int = 0  # side of the first epochs' films; 0 means full size throughout
+    size_grown: float = 0.0  # share of the epochs by which the full size is reached
+    precision: str = "auto"  # bfloat16 where the machine computes in it, float32 elsewhere
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Augment:
+    """Random changes of a film, uniform in [-x, x] unless it says otherwise."""
+
+    zoom_low: float = 0.85  # side of the crop as a share of the film's, drawn from [zoom_low, zoom_high]
+    zoom_high: float = 1.05
+    shift: float = 0.05  # share of the side
+    rotate: float = 7.0  # degrees
+    contrast: float = 0.25
+    brightness: float = 0.15
+    noise: float = 0.03  # standard deviation, greys run from 0 to 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loss:
+    """Weights of the three contrastive terms."""
+
+    reports: float = 1.0  # film against whole reports
+    sentences: float = 1.0  # film against single sentences
+    findings: float = 1.0  # film against phrases of findings
+    denial: float = 0.2  # how much a sentence that denies or states normality counts beside one that affirms
+    temperature: float = 0.07  # where the three learned temperatures start
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Topic:
+    """A finding: the phrases that ask for it, and the pattern by which a sentence mentions it."""
+
+    name: str
+    phrases: tuple[str, ...]
+    pattern: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    data: Data
+    tower: Tower
+    schedule: Schedule
+    augment: Augment = field(default_factory=Augment)
+    loss: Loss = field(default_factory=Loss)
+    findings: tuple[Topic, ...] = ()
+    templates: tuple[str, ...] = ("{}",)  # how a phrase may be put; {} is the phrase
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the values, whatever the order and comments of the file."""
+        return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()
+
+
+_RANGES: Mapping[str, tuple[float, float]] = {
+    "data.lateral": (0, 0.9), "data.balance": (0, 1),
+    "tower.size": (32, 512), "tower.mean": (0, 1), "tower.std": (0.01, 1), "tower.dropout": (0, 0.9),
+    "schedule.epochs": (1, 10_000), "schedule.batch": (2, 65_536), "schedule.seed": (0, 2**31),
+    "schedule.rate": (1e-7, 1), "schedule.warmup": (0, 0.9), "schedule.weight_decay": (0, 1),
+    "schedule.size_from": (0, 512), "schedule.size_grown": (0, 1),
+    "augment.zoom_low": (0.3, 1.5), "augment.zoom_high": (0.3, 1.5), "augment.shift": (0, 0.5),
+    "augment.rotate": (0, 180), "augment.contrast": (0, 0.9), "augment.brightness": (0, 0.9), "augment.noise": (0, 1),
+    "loss.reports": (0, 100), "loss.sentences": (0, 100), "loss.findings": (0, 100), "loss.denial": (0, 1),
+    "loss.temperature": (0.01, 1),
+}  # fmt: skip
+_CHOICES: Mapping[str, tuple[str, ...]] = {
+    "data.part": ("train", "all"),
+    "schedule.precision": ("auto", "float32", "bfloat16"),
+}
+
+
+def read(path: Path) -> Recipe:
+    """The recipe in a TOML file. Raises InputError that names the key, what it holds and what it may hold."""
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"no readable recipe at {path}: give the path of a TOML file") from error
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"{path.name} is not valid TOML: {error}") from error
+    recipe: Recipe = _build(Recipe, table, "")
+    _check_together(recipe)
+    return recipe
+
+
+def _build(kind: type, table: Any, at: str) -> Any:
+    if not isinstance(table, dict):
+        raise InputError(f"{at} holds {table!r}; a table is needed", at)
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    if unknown := sorted(set(table) - set(fields)):
+        raise InputError(f"unknown key {_join(at, unknown[0])}; known here: {', '.join(sorted(fields))}", unknown[0])
+    missing = [
+        name for name, f in fields.items()
+        if name not in table and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]  # fmt: skip
+    if missing:
+        raise InputError(f"{_join(at, missing[0])} is missing from the recipe", missing[0])
+    hints = get_type_hints(kind)
+    return kind(**{name: _value(hints[name], value, _join(at, name)) for name, value in table.items()})
+
+
+def _value(kind: Any, value: Any, at: str) -> Any:
+    if kind == tuple[Topic, ...]:
+        return tuple(_topic(entry, f"{at}[{n}]") for n, entry in enumerate(_list(value, at)))
+    if kind == tuple[str, ...]:
+        return tuple(_value(str, entry, f"{at}[{n}]") for n, entry in enumerate(_list(value, at)))
+    if dataclasses.is_dataclass(kind):
+        return _build(kind, value, at)  # type: ignore[arg-type]
+    allowed = (int, float) if kind is float else (kind,)
+    if not isinstance(value, allowed) or isinstance(value, bool):
+        raise InputError(f"{at} is {value!r}; needed is {kind.__name__}", at)
+    _check_value(value, at)
+    return kind(value)
+
+
+def _check_value(value: Any, at: str) -> None:
+    low, high = _RANGES.get(at, (float("-inf"), float("inf")))
+    if not isinstance(value, str) and not low <= value <= high:
+        raise InputError(f"{at} is {value}; it must lie between {low} and {high}", at)
+    if at in _CHOICES and value not in _CHOICES[at]:
+        raise InputError(f"{at} is {value!r}; it must be one of {', '.join(_CHOICES[at])}", at)
+
+
+def _topic(table: Any, at: str) -> Topic:
+    topic: Topic = _build(Topic, table, at)
+    if not topic.phrases or not all(phrase.strip() for phrase in topic.phrases):
+        raise InputError(f"{at}.phrases holds no phrase or an empty one", at)
+    try:
+        re.compile(topic.pattern)
+    except re.error as error:
+        raise InputError(f"{at}.pattern is no regular expression: {error}", at) from error
+    return topic
+
+
+def _check_together(recipe: Recipe) -> None:
+    loss, augment = recipe.loss, recipe.augment
+    if loss.reports + loss.sentences + loss.findings == 0:
+        raise InputError("loss.reports, loss.sentences and loss.findings are all 0; nothing would be learned", "loss")
+    if loss.findings and not recipe.findings:
+        raise InputError("loss.findings counts, but the recipe lists no [[findings]]", "findings")
+    if not recipe.templates or any(template.count("{}") != 1 for template in recipe.templates):
+        raise InputError("every one of templates must hold {} once, and there must be one", "templates")
+    if augment.zoom_low > augment.zoom_high:
+        raise InputError("augment.zoom_low is above augment.zoom_high", "augment.zoom_low")
+    if recipe.schedule.size_from and not 32 <= recipe.schedule.size_from <= recipe.tower.size:
+        raise InputError("schedule.size_from must be 0 or lie between 32 and tower.size", "schedule.size_from")
+
+
+def _list(value: Any, at: str) -> list[Any]:
+    if not isinstance(value, list):
+        raise InputError(f"{at} holds {value!r}; a list is needed", at)
+    return value
+
+
+def _join(at: str, name: str) -> str:
+    return f"{at}.{name}" if at else name

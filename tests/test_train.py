@@ -1,0 +1,254 @@
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from encoders import train as training
+from encoders.lesson import augmented
+from encoders.recipe import Augment, Recipe, read
+from encoders.studies import Study, affirmed, is_held_out, read_studies
+from encoders.train import build
+from retrieval.errors import BackendError, InputError
+from retrieval.types import Progress
+from tests.fakes import HashingEncoder
+
+_RECIPE = """
+templates = ["{}", "film with {}"]
+[data]
+source = "tiny"
+lateral = 0.2
+balance = 0.5
+[tower]
+name = "test_resnet"
+size = 48
+[schedule]
+epochs = 3
+batch = 8
+seed = 3
+size_from = 32
+size_grown = 0.6
+[[findings]]
+name = "square"
+phrases = ["bright square", "square"]
+pattern = 'square'
+[[findings]]
+name = "line"
+phrases = ["line"]
+pattern = 'line'
+"""
+
+
+def _quiet(phase: str, done: int, total: int | None) -> None:
+    pass
+
+
+def train(recipe: Path, out: Path | None, progress: Progress) -> Path:
+    return training.train(recipe, out, progress, HashingEncoder(dim=24))
+
+
+def _film(path: Path, square: bool) -> None:
+    grey = np.full((60, 60), 90, np.uint8)
+    if square:
+        grey[15:40, 15:40] = 220
+    else:
+        grey[28:31] = 250
+    Image.fromarray(grey).save(path)
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the collection `tiny`: 20 studies, half with a square, half with a line; the recipe beside it."""
+    images = tmp_path / "tiny" / "images"
+    images.mkdir(parents=True)
+    rows = []
+    for number in range(20):
+        square = number % 2 == 0
+        names = [f"images/{number}-{side}.png" for side in ("Frontal", "Lateral")]
+        for name in names:
+            _film(tmp_path / "tiny" / name, square)
+        rows.append({
+            "uid": f"S{number}",
+            "findings": "Bright square. No line." if square else "A line. There is no square.",
+            "impression": f"Study {'alpha' if square else 'beta'} {number // 4}.",
+            "images": [{"file": n, "projection": s} for n, s in zip(names, ("Frontal", "Lateral"), strict=True)],
+        })  # fmt: skip
+    (tmp_path / "tiny" / "reports.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "recipe.toml").write_text(_RECIPE)
+    monkeypatch.setenv("LIGHTBOX_DATA", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_a_recipe_makes_weights_a_config_and_a_lineage(place: Path) -> None:
+    folder = train(place / "recipe.toml", None, _quiet)
+    assert folder == Path("runs/recipe")
+    config = json.loads((folder / "config.json").read_text())
+    assert config["tower"] == "timm/test_resnet"
+    assert (config["size"], config["channels"], config["dim"]) == (48, 1, 24)
+    assert config["text_digest"] == "hashing-text"
+    weights = load_file(folder / "model.safetensors")
+    assert {v.dtype for v in weights.values() if v.is_floating_point()} == {torch.float16}
+    build("test_resnet", 24).load_state_dict(weights)
+    lineage = json.loads((folder / "lineage.json").read_text())
+    assert lineage["recipe"]["schedule"]["seed"] == lineage["seed"] == 3
+    assert [epoch["size"] for epoch in lineage["epochs"]] == [32, 32, 48]
+    assert lineage["affirmed"]["square"] == len([s for s in range(0, 20, 2) if not is_held_out(f"S{s}")])
+    assert len(lineage["data_digest"]) == 64
+
+
+def test_an_interrupted_run_ends_as_if_it_had_not_been(place: Path) -> None:
+    whole = load_file(train(place / "recipe.toml", place / "whole", _quiet) / "model.safetensors")
+
+    def stop(phase: str, done: int, total: int | None) -> None:
+        if phase.startswith("epoch 3"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(place / "recipe.toml", place / "halted", stop)
+    assert not (place / "halted" / "model.safetensors").exists()
+    phases: list[str] = []
+    train(place / "recipe.toml", place / "halted", lambda phase, done, total: phases.append(phase))
+    assert {p for p in phases if p.startswith("epoch")} == {"epoch 3 of 3"}
+    for name, value in load_file(place / "halted" / "model.safetensors").items():
+        assert torch.equal(value, whole[name]), name
+
+
+def test_a_run_of_another_recipe_is_not_continued(place: Path) -> None:
+    train(place / "recipe.toml", place / "out", _quiet)
+    (place / "recipe.toml").write_text(_RECIPE.replace("seed = 3", "seed = 4"))
+    with pytest.raises(InputError, match="another recipe"):
+        train(place / "recipe.toml", place / "out", _quiet)
+
+
+def test_a_damaged_checkpoint_is_named(place: Path) -> None:
+    folder = train(place / "recipe.toml", place / "out", _quiet)
+    (folder / "checkpoint.safetensors").write_bytes(b"not safetensors")
+    with pytest.raises(InputError, match="no readable safetensors"):
+        train(place / "recipe.toml", folder, _quiet)
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_keeps_what_was_saved(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> torch.Tensor:
+        return torch.tensor(float("nan"), requires_grad=True)
+
+    monkeypatch.setattr(training, "symmetric", broken)
+    with pytest.raises(BackendError, match=r"loss is nan in epoch 1: lower schedule\.rate"):
+        train(place / "recipe.toml", place / "out", _quiet)
+    assert not (place / "out" / "model.safetensors").exists()
+
+
+def test_the_loss_falls(place: Path) -> None:
+    (place / "recipe.toml").write_text(_RECIPE.replace("epochs = 3", "epochs = 12"))
+    epochs = json.loads((train(place / "recipe.toml", None, _quiet) / "lineage.json").read_text())["epochs"]
+    assert epochs[-1]["loss"] < epochs[0]["loss"] - 0.3
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("size = 48", "size = 48\nwidth = 3", r"unknown key tower\.width; known here: .*size"),
+        ("[data]", "[date]", "unknown key date"),
+        ("size = 48", "size = 4", r"tower\.size is 4; it must lie between 32 and 512"),
+        ("size = 48", "size = 48.5", r"tower\.size is 48\.5; needed is int"),
+        ("epochs = 3", "epochs = true", r"schedule\.epochs is True; needed is int"),
+        ("epochs = 3\n", "", r"schedule\.epochs is missing"),
+        ("lateral = 0.2", "part = 'dev'", r"data\.part is 'dev'; it must be one of train, all"),
+        ("size_from = 32", "size_from = 96", "size_from must be 0 or lie between"),
+        ("pattern = 'line'", "pattern = '('", r"findings\[1\]\.pattern is no regular expression"),
+        ('phrases = ["line"]', 'phrases = [""]', r"findings\[1\]\.phrases holds no phrase"),
+        ('phrases = ["line"]', 'phrases = "line"', "a list is needed"),
+        ('"film with {}"', '"film"', "must hold {} once"),
+        ("seed = 3", "seed = 3\nrate = nan", "must lie between"),
+        ("[data]", "[data", "not valid TOML"),
+    ],
+)
+def test_a_bad_recipe_is_refused_with_the_key_and_what_it_may_hold(
+    tmp_path: Path, old: str, new: str, message: str
+) -> None:
+    (tmp_path / "recipe.toml").write_text(_RECIPE.replace(old, new))
+    with pytest.raises(InputError, match=message):
+        read(tmp_path / "recipe.toml")
+
+
+def test_a_recipe_that_teaches_nothing_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "recipe.toml").write_text(_RECIPE + "\n[loss]\nreports = 0\nsentences = 0\nfindings = 0\n")
+    with pytest.raises(InputError, match="nothing would be learned"):
+        read(tmp_path / "recipe.toml")
+
+
+def test_a_missing_recipe_is_the_callers_fault(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no readable recipe"):
+        read(tmp_path / "none.toml")
+
+
+def test_an_unknown_tower_is_the_callers_fault(place: Path) -> None:
+    (place / "recipe.toml").write_text(_RECIPE.replace("test_resnet", "resnet_of_nobody"))
+    with pytest.raises(InputError, match="timm knows no model 'resnet_of_nobody'"):
+        train(place / "recipe.toml", None, _quiet)
+
+
+def test_missing_data_is_said_with_what_to_set(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIGHTBOX_DATA", str(place / "nowhere"))
+    with pytest.raises(InputError, match="set LIGHTBOX_DATA"):
+        train(place / "recipe.toml", None, _quiet)
+
+
+def test_a_missing_or_broken_film_is_named(place: Path) -> None:
+    (place / "tiny" / "images" / "1-Frontal.png").write_bytes(b"<html>")
+    with pytest.raises(InputError, match=r"1-Frontal\.png cannot be read"):
+        train(place / "recipe.toml", None, _quiet)
+    (place / "tiny" / "images" / "1-Frontal.png").unlink()
+    with pytest.raises(InputError, match=r"1-Frontal\.png is missing"):
+        train(place / "recipe.toml", None, _quiet)
+
+
+def test_a_line_that_is_no_study_is_named_without_its_text(place: Path) -> None:
+    with (place / "tiny" / "reports.jsonl").open("a") as opened:
+        opened.write('{"secret": "text"}\n')
+    with pytest.raises(InputError, match="line 21: not a study") as caught:
+        train(place / "recipe.toml", None, _quiet)
+    assert "secret" not in str(caught.value)
+
+
+def test_a_folder_that_cannot_be_written_is_the_machines_fault(place: Path) -> None:
+    (place / "file").write_text("")
+    with pytest.raises(BackendError, match="cannot be written"):
+        train(place / "recipe.toml", place / "file" / "out", _quiet)
+
+
+def test_the_held_out_fifth_never_trains(place: Path) -> None:
+    parts = {part: {s.uid for s in read_studies(place / "tiny", part)} for part in ("train", "dev", "all")}
+    assert parts["train"].isdisjoint(parts["dev"])
+    assert parts["train"] | parts["dev"] == parts["all"]
+    assert all(is_held_out(uid) for uid in parts["dev"])
+
+
+def test_only_affirmed_findings_teach(tmp_path: Path) -> None:
+    (tmp_path / "recipe.toml").write_text(_RECIPE)
+    topics = read(tmp_path / "recipe.toml").findings
+    study = Study("S", "", ("There is no bright square.", "A line without a square."), (), ())
+    assert affirmed(study, topics).tolist() == [False, True]
+
+
+def test_a_film_is_only_resized_where_nothing_is_to_vary() -> None:
+    still = Augment(zoom_low=1, zoom_high=1, shift=0, rotate=0, contrast=0, brightness=0, noise=0)
+    film = torch.linspace(0, 1, 37).expand(1, 1, 37, 37)
+    out = augmented(film, 32, still)
+    assert out.shape == (1, 1, 32, 32)
+    assert torch.all(out[0, 0, 5, 1:] > out[0, 0, 5, :-1])
+
+
+def test_the_shipped_recipe_is_valid() -> None:
+    recipe = read(Path(training.__file__).parent / "recipes" / "chest-film.toml")
+    assert isinstance(recipe, Recipe)
+    assert recipe.data.part == "train"
+    assert random.Random(0).choice(recipe.findings).phrases
