@@ -60,7 +60,7 @@ def learn_weights(legs: Sequence[str], sources: Sequence[Sequence[Judged]]) -> t
     """
     grid = _simplex(len(legs), STEPS[0])
     for step in (*STEPS[1:], None):
-        values = np.mean([np.mean([_ndcg(query, grid) for query in source], axis=0) for source in sources], axis=0)
+        values = np.mean([np.mean([ndcg(query, grid) for query in source], axis=0) for source in sources], axis=0)
         ties = np.flatnonzero(values >= values.max() - 1e-4)
         # Among equals the most even weights: they lean least on the accidents of one collection.
         best = grid[ties[np.argmin(np.square(grid[ties]).sum(axis=1))]]
@@ -69,7 +69,7 @@ def learn_weights(legs: Sequence[str], sources: Sequence[Sequence[Judged]]) -> t
     return {leg: round(float(w), 3) for leg, w in zip(legs, best, strict=True)}, float(values.max())
 
 
-def _ndcg(query: Judged, grid: NDArray[np.float32]) -> NDArray[np.float32]:
+def ndcg(query: Judged, grid: NDArray[np.float32]) -> NDArray[np.float32]:
     """(C,) nDCG@10 of one query under every weighting of the grid."""
     totals = query.scores @ grid.T  # (K, C)
     cut = min(CUT, len(totals))

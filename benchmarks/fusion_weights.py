@@ -1,0 +1,84 @@
+"""Learns the fusion weights that Lightbox ships, on SciFact train and iu_xray train together.
+
+``python -m benchmarks.fusion_weights`` prints them with what they reach on every source; ``--write`` ships them.
+The sources of one kind of query weigh the same, however many queries they have. Pictures are left out: the shipped
+tower has seen the films of train, so its leg would get a weight that it does not earn on films it has not seen.
+It keeps the share below, so that documents without words are found, too.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from retrieval import tune
+from retrieval.files import read_source
+from server import judging, terminal
+from server.assemble import SHIPPED_WEIGHTS, Config
+from server.home import Home
+from server.settings import load
+
+LEGS = ("lexical", "dense", "ontology")
+SOURCES = {  # kind of query -> collection, source, split
+    "text": (
+        ("scifact", "scifact", "train"),
+        ("reports", "label_reports", "test"),
+        ("reports", "absent_reports", "test"),
+    ),
+    "report": (("reports", "report_reports", "test"),),
+}
+IMAGE_SHARE = 0.1  # of the weight of queries in words
+PICTURE = {"lexical": 0.0, "dense": 0.2, "ontology": 0.0, "image": 0.8}
+
+
+def main(write: bool) -> None:
+    """Prints a table; writes server/weights.json where `write`."""
+    data = Path(os.environ.get("LIGHTBOX_DATA", "../shared/data"))
+    work = Path("runs") / "fusion-weights"
+    subprocess.run([sys.executable, data / "tasks.py", work, "--part", "train"], check=True)
+    home = Home(load(home=work / "home"))
+    _index(home, "scifact", data / "scifact")
+    _index(home, "reports", work / "label_reports")
+    shipped: dict[str, dict[str, float]] = {"picture": PICTURE}
+    for kind, sources in SOURCES.items():
+        judged = [
+            _candidates(home, collection, (data if source == "scifact" else work) / source, split)
+            for collection, source, split in sources
+        ]
+        weights, mean = tune.learn_weights(LEGS, judged)
+        shipped[kind] = {leg: round(w * (1 - IMAGE_SHARE), 3) for leg, w in weights.items()} | {"image": IMAGE_SHARE}
+        print(f"{kind}: {dict(weights)}, mean nDCG@10 {mean:.4f}")
+        table = [[source, str(len(rows)), *_reached(rows, weights)] for (_, source, _), rows in zip(sources, judged)]
+        print("\n".join(terminal.table(["", "queries", *LEGS, "fused"], table)))
+    if write:
+        SHIPPED_WEIGHTS.write_text(json.dumps(dict(sorted(shipped.items(), reverse=True)), indent=1) + "\n")
+
+
+def _index(home: Home, name: str, source: Path) -> None:
+    with terminal.progress() as progress:
+        home.index(name, read_source(source).documents(), Config(image_encoder="none"), progress=progress)
+
+
+def _candidates(home: Home, name: str, source: Path, split: str) -> list[tune.Judged]:
+    """What the legs give the judged queries of one source, a column per leg."""
+    judged = judging.judgments(source, split)
+    with terminal.progress() as progress:
+        legs, rows = judging.candidates(home.engine(name), judged.queries, judged.qrels, progress)
+    order = [legs.index(leg) for leg in LEGS]
+    return [row._replace(scores=np.ascontiguousarray(row.scores[:, order])) for row in rows]
+
+
+def _reached(rows: Sequence[tune.Judged], weights: Mapping[str, float]) -> list[str]:
+    """nDCG@10 of each leg alone, and of all with the weights."""
+    grid = np.vstack([np.eye(len(LEGS)), [weights[leg] for leg in LEGS]]).astype(np.float32)
+    return [f"{value:.4f}" for value in np.mean([tune.ndcg(row, grid) for row in rows], axis=0)]
+
+
+if __name__ == "__main__":
+    main(write="--write" in sys.argv)
