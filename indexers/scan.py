@@ -28,6 +28,7 @@ Scores = NDArray[np.float32]
 
 _SLACK = 16  # fetched beyond k, so that most ties at the cut are seen at once
 _BLOCK_ROWS = 1 << 15
+_FEW_LEFT_OUT = 256  # a batch reads these few too and drops them, which saves a copy of all the others
 _BATCH = 8  # from here on one copy of the allowed rows and BLAS beat reading them once per query
 
 
@@ -40,9 +41,6 @@ class Stored:
             raise Conflict(f"chunks of different dimensions {sorted(dims)}; one side has one dimension")
         self.chunks = [chunk for chunk in chunks if len(chunk)]
         self.dim = dims.pop() if dims else 0
-        # One float32 chunk can be read in place by FAISS.
-        whole = len(self.chunks) == 1 and self.chunks[0].dtype == np.float32
-        self.plain: Matrix | None = np.asarray(self.chunks[0]) if whole else None
         self.starts = np.cumsum([0, *(len(chunk) for chunk in self.chunks)]).astype(np.int64)
 
     def __len__(self) -> int:
@@ -72,17 +70,29 @@ class Stored:
                 out[here] = _unit(chunk[numbers[here] - self.starts[at]])
         return out
 
-    def scores(self, query: Matrix, numbers: Numbers) -> Scores:
-        """Inner products of one query (1, D) with the rows of `numbers`; a number of -1 scores -inf."""
-        out = np.full(len(numbers), -np.inf, np.float32)
-        if self.plain is not None:
-            faiss.fvec_inner_products_by_idx(
-                *map(faiss.swig_ptr, (out, query, self.plain, numbers)), self.dim, 1, len(numbers)
-            )
-            return out
-        known = numbers >= 0
-        out[known] = self.gather(numbers[known]) @ query[0]
+    def scores(self, queries: Matrix, numbers: Numbers) -> Scores:
+        """Inner products of queries (Q, D) with the rows of `numbers` (Q, K), where -1 gives -inf."""
+        best = np.full(numbers.shape, -np.inf, np.float32)
+        for start, chunk in zip(self.starts, self.chunks, strict=False):
+            here = numbers
+            if len(self.chunks) > 1:
+                here = numbers - start
+                here[(here < 0) | (here >= len(chunk))] = -1
+            np.maximum(best, _inner_products(queries, chunk, here), out=best)
+        return best
+
+
+def _inner_products(queries: Matrix, chunk: NDArray[Any], numbers: Numbers) -> Scores:
+    if chunk.dtype == np.float32:  # read in place
+        out = np.empty(numbers.shape, np.float32)
+        pointers = map(faiss.swig_ptr, (out, queries, np.asarray(chunk), numbers))
+        faiss.fvec_inner_products_by_idx(*pointers, chunk.shape[1], *numbers.shape)
         return out
+    out = np.full(numbers.shape, -np.inf, np.float32)
+    for row, query in enumerate(queries):
+        known = numbers[row] >= 0
+        out[row, known] = _unit(chunk[numbers[row, known]]) @ query
+    return out
 
 
 def _unit(rows: NDArray[Any]) -> Matrix:
@@ -113,31 +123,54 @@ def nearest(stored: Stored, queries: Matrix, k: int, allowed: Numbers | None = N
     total = len(stored) if allowed is None else len(allowed)
     if not total or not len(queries):
         return np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64)
-    if allowed is not None and len(queries) < _BATCH:
-        return _padded([_cut(stored.scores(query[None], allowed), allowed, k) for query in queries])
+    if allowed is not None:
+        if len(queries) < _BATCH:
+            return _padded([_scanned(stored, query[None], k, allowed) for query in queries])
+        if len(stored) - total <= _FEW_LEFT_OUT:
+            return _without(*nearest(stored, queries, k + len(stored) - total), allowed, len(stored))
     fetch = min(total, k + _SLACK)
     scores, numbers = _knn(stored, queries, fetch, allowed)
-    if fetch == total:
+    if fetch <= k:
         return scores, numbers
+    tied = scores >= scores[:, k - 1 : k] - TIE
     # Where the last one fetched is still tied with the k-th there may be more: look at every score.
-    spilled = np.flatnonzero(scores[:, -1] >= scores[:, k - 1] - TIE)
+    spilled = np.flatnonzero(tied[:, -1]) if fetch < total else ()
     if not len(spilled):
-        return scores, numbers
-    rows = [(scores[i], numbers[i]) for i in range(len(queries))]
+        width = int(tied.sum(axis=1).max())
+        return scores[:, :width], numbers[:, :width]
+    rows = list(zip(scores, numbers, strict=True))
     among = np.arange(total) if allowed is None else allowed
-    for i in spilled:
-        rows[i] = _cut(stored.scores(queries[i : i + 1], among), among, k)
+    for query in spilled:
+        rows[query] = _scanned(stored, queries[query : query + 1], k, among)
     return _padded(rows)
 
 
+def _scanned(stored: Stored, query: Matrix, k: int, numbers: Numbers) -> tuple[Scores, Numbers]:
+    """The k best among `numbers` for one query (1, D), and what is tied with the last of them."""
+    scores = stored.scores(query, numbers[None])[0]
+    if k < len(scores):
+        least = np.partition(scores, len(scores) - k)[len(scores) - k] - TIE
+        kept = np.flatnonzero(scores >= least)
+        scores, numbers = scores[kept], numbers[kept]
+    order = np.argsort(-scores, kind="stable")
+    return scores[order], numbers[order]
+
+
+def _without(scores: Scores, numbers: Numbers, allowed: Numbers, count: int) -> tuple[Scores, Numbers]:
+    """Leaves out what is not allowed."""
+    kept = np.zeros(count + 1, np.bool_)  # one more for the padding, -1
+    kept[allowed] = True
+    return _padded([(s[kept[n]], n[kept[n]]) for s, n in zip(scores, numbers, strict=True)])
+
+
 def _knn(stored: Stored, queries: Matrix, k: int, allowed: Numbers | None) -> tuple[Scores, Numbers]:
-    best: tuple[Scores, Numbers] | None = None
+    parts = []
     for numbers, rows in _pieces(stored, allowed):
         scores, at = faiss.knn(queries, rows, min(k, len(rows)), faiss.METRIC_INNER_PRODUCT)
-        found = scores, at + numbers if isinstance(numbers, int) else numbers[at]
-        best = found if best is None else _best(best, found, k)
-    assert best is not None  # the caller has made sure that there is at least one row
-    return best
+        parts.append((scores, at + numbers if isinstance(numbers, int) else numbers[at]))
+        if len(parts) == 2:  # keep only the best, however many pieces there are
+            parts = [_best(parts[0], parts[1], k)]
+    return parts[0]
 
 
 def _pieces(stored: Stored, allowed: Numbers | None) -> Iterator[tuple[int | Numbers, Matrix]]:
@@ -153,16 +186,6 @@ def _best(a: tuple[Scores, Numbers], b: tuple[Scores, Numbers], k: int) -> tuple
     scores, numbers = np.concatenate([a[0], b[0]], axis=1), np.concatenate([a[1], b[1]], axis=1)
     order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
     return np.take_along_axis(scores, order, 1), np.take_along_axis(numbers, order, 1)
-
-
-def _cut(scores: Scores, numbers: Numbers, k: int) -> tuple[Scores, Numbers]:
-    """The k best and what is tied with the last of them, best first."""
-    if k < len(scores):
-        least = np.partition(scores, len(scores) - k)[len(scores) - k] - TIE
-        kept = np.flatnonzero(scores >= least)
-        scores, numbers = scores[kept], numbers[kept]
-    order = np.argsort(-scores, kind="stable")
-    return scores[order], numbers[order]
 
 
 def _padded(rows: list[tuple[Scores, Numbers]]) -> tuple[Scores, Numbers]:

@@ -15,8 +15,8 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,85 +24,31 @@ import faiss as untyped_faiss
 import numpy as np
 from numpy.typing import NDArray
 
+from indexers.kinds import Graph, Kind, kind_of, selector
 from indexers.scan import TIE, Chunks, Numbers, Scores, Stored, nearest, threads
+from indexers.specs import Spec as Spec
+from indexers.specs import parse_spec as parse_spec
 from retrieval.errors import BackendError, Conflict, Invalid
 from retrieval.types import Hit, Matrix, Progress, Ranking
 
 faiss: Any = untyped_faiss  # its stubs lack half of what it has
 
-KINDS = ("flat", "hnsw", "hnsw-sq8", "hnsw-sq4", "hnsw-bin", "ivfpq")
 BUILD_THREADS = 2
 
 Mask = NDArray[np.bool_]
 
-
-@dataclass(frozen=True, slots=True)
-class Spec:
-    """A parsed vector index spec, for example ``ivfpq:M=48,nlist=256,nprobe=16``."""
-
-    kind: str
-    keys: Mapping[str, int] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        return ":".join(filter(None, (self.kind, ",".join(f"{key}={value}" for key, value in self.keys.items()))))
-
-    def check(self, dim: int) -> None:
-        """Raise Invalid where vectors of `dim` dimensions cannot be indexed so."""
-        codes = self.keys.get("M", 1)
-        if dim % codes:
-            divisors = ", ".join(str(n) for n in range(1, dim + 1) if dim % n == 0)
-            raise Invalid(f"{self}: M={codes} does not divide the dimension {dim}; M can be {divisors}")
-
-
-_CODE_KEYS = {"M": None, "nlist": None, "nprobe": None, "refine": 0}  # None: no default
-
-
-def parse_spec(text: str) -> Spec:
-    """Read a spec; Invalid, with the list of what there is, where it names nothing known.
-
-    >>> str(parse_spec("ivfpq:M=48,nlist=256"))
-    'ivfpq:M=48,nlist=256,nprobe=16,refine=0'
-    """
-    kind, _, rest = text.partition(":")
-    if kind not in KINDS:
-        raise Invalid(f"no vector index {text!r}; there are {_vocabulary()}", "vector_index")
-    if kind != "ivfpq":
-        if rest:
-            raise Invalid(f"the vector index {kind} takes no keys, got {rest!r}", "vector_index")
-        return Spec(kind)
-    given = dict(_pair(text, item) for item in rest.split(",") if item)
-    missing = [key for key in ("M", "nlist") if key not in given]
-    if missing:
-        raise Invalid(f"{text!r} lacks {' and '.join(missing)}; expected {_vocabulary()}", "vector_index")
-    # A sixteenth of the lists, the usual start; what it costs in recall is measured at build time.
-    nprobe = min(given.get("nprobe", max(1, given["nlist"] // 16)), given["nlist"])
-    keys = {"M": given["M"], "nlist": given["nlist"], "nprobe": nprobe, "refine": given.get("refine", 0)}
-    return Spec(kind, keys)
-
-
-def _pair(text: str, item: str) -> tuple[str, int]:
-    key, _, value = item.partition("=")
-    if key not in _CODE_KEYS or not value.isascii() or not value.isdigit() or len(value) > 7:
-        raise Invalid(f"{item!r} in {text!r} is not one of M=, nlist=, nprobe=, refine= and a number", "vector_index")
-    if int(value) == 0 and key != "refine":
-        raise Invalid(f"{key} in {text!r} must be at least 1", "vector_index")
-    return key, int(value)
-
-
-def _vocabulary() -> str:
-    return ", ".join(KINDS[:-1]) + ", ivfpq:M=..,nlist=..[,nprobe=..][,refine=..]"
-
-
-# What a search costs, counted in rows that an exact scan reads in the same time (measured on 384 dimensions:
-# a graph search visits about 20 rows for each entry of its queue).
+# What a search costs, in rows that an exact scan reads in the same time: a graph search visits
+# some 15 rows for each entry of its queue, all over the memory.
 _ROWS_PER_EF = 20
 _SMALL = 4_096  # rows; below, an exact scan takes less than half a millisecond
 _SCANNED_WHEN_FILTERED = 32_768  # rows; a filter promises the right answer, so it may cost a few milliseconds
-_OVERSAMPLE = {"hnsw-sq8": 2, "hnsw-sq4": 4, "hnsw-bin": 10}  # candidates rescored on stored vectors, times k
-_EF = (32, 64, 128, 256, 512)
+_WIDER_WHEN_FILTERED = 2  # times the effort that the share of allowed vectors asks for
+_REFINED_WHEN_FILTERED = 10  # candidates per result, where codes are searched under a filter
 _RECALL_WANTED = 0.99
 _HELD_OUT = 256
 _MEASURED_K = 10
+_SAMPLE_ROWS = 32_768  # of training: 128 for each of 256 codewords
+_ADDED_ROWS = 4_096  # at once: how often progress is told
 
 
 class Found(NamedTuple):
@@ -123,19 +69,26 @@ class Measured:
     """What a build found out, kept beside the index."""
 
     recall: float = 1.0  # share of the true 10 best that held-out vectors found
-    ef: int = 0  # queue length of a graph search that reached it
+    effort: int = 0  # of the search that reached it: queue length of a graph, lists visited
     bytes_per_vector: float = 0.0
     notes: tuple[str, ...] = ()  # what was done otherwise than asked, and why
+
+
+class Codes(NamedTuple):
+    """A FAISS index and how it is asked."""
+
+    kind: Kind
+    index: Any
 
 
 class SideIndex:
     """One side of one space: its stored vectors, and what makes searching them fast."""
 
-    def __init__(self, spec: Spec, stored: Stored, index: Any, measured: Measured) -> None:
+    def __init__(self, spec: Spec, stored: Stored, codes: Codes | None, measured: Measured) -> None:
         self.spec = spec
         self.measured = measured
         self._stored = stored
-        self._index = index
+        self._codes = codes  # None where every search is an exact scan
 
     def __len__(self) -> int:
         return len(self._stored)
@@ -146,56 +99,57 @@ class SideIndex:
 
     @property
     def bytes_per_vector(self) -> float:
-        """Bytes that a search without a filter reads from: codes and graph, or the stored rows."""
+        """Bytes of what is searched: codes and links, or the stored rows where there is nothing else."""
         return self.measured.bytes_per_vector
 
     @classmethod
     def build(cls, chunks: Chunks, spec: Spec, progress: Progress) -> SideIndex:
-        """Train on, measure with and index the rows of `chunks` ((N, D) each).
+        """Train on, index and measure the rows of `chunks`, (N, D) each.
 
-        Recall is measured with the last rows as queries, before they are added: nothing has seen them.
+        The last rows are queries before they are added, so the recall is that of vectors nothing has seen.
+        Raises Invalid where the spec does not suit the dimension.
         """
         stored = Stored(chunks)
+        kind = kind_of(spec)
         if stored.dim:
             spec.check(stored.dim)
-        if spec.kind == "flat" or not len(stored):
+        if kind is None or not len(stored):
             return cls(spec, stored, None, Measured(bytes_per_vector=stored.bytes_per_row))
+        seen = len(stored) - min(_HELD_OUT, len(stored) // 10)
+        progress("train", 0, None)
         with threads(BUILD_THREADS):
-            index, notes = _BUILDERS[spec.kind](stored, spec)
-            held = min(_HELD_OUT, len(stored) // 10)
-            side = cls(spec, stored, index, Measured(notes=notes))
-            side._add(0, len(stored) - held, progress)
-            recall, ef = side._measure(len(stored) - held)
-            side._add(len(stored) - held, len(stored), progress)
-            side.measured = Measured(recall, ef, len(faiss.serialize_index(index)) / len(stored), notes)
+            index, notes = kind.train(stored.gather(_spread(seen, _SAMPLE_ROWS)))
+            codes = Codes(kind, index)
+            side = cls(spec, stored, codes, Measured())
+            side._add(codes, 0, seen, progress)
+            recall, effort = side._measure(codes, seen)
+            side._add(codes, seen, len(stored), progress)
+        side.measured = Measured(recall, effort, _bytes(index) / len(stored), notes)
         return side
 
-    def _add(self, start: int, stop: int, progress: Progress) -> None:
+    def _add(self, codes: Codes, start: int, stop: int, progress: Progress) -> None:
         for at, rows in self._stored.blocks(start, stop):
-            for offset in range(0, len(rows), 4_096):
-                _faiss(self._index).add(rows[offset : offset + 4_096])
-                progress("vectors", at + min(offset + 4_096, len(rows)), len(self._stored))
+            for offset in range(0, len(rows), _ADDED_ROWS):
+                some = rows[offset : offset + _ADDED_ROWS]
+                codes.index.add(some)
+                progress("vectors", at + offset + len(some), len(self))
 
-    def _measure(self, count: int) -> tuple[float, int]:
-        """(recall@10, ef) over the rows from `count` on, which the index does not hold yet."""
-        graph = self.spec.kind.startswith("hnsw")
-        queries = self._stored.gather(np.arange(count, len(self._stored)))
-        if not len(queries):
-            return 1.0, _EF[-1] if graph else 0
-        truth, _ = nearest(self._stored, queries, _MEASURED_K, np.arange(count))
-        recall, ef = 0.0, 0
-        for ef in _EF if graph else (0,):
-            _, numbers = self._approximate(queries, min(_MEASURED_K, count), None, ef)
-            recall = _recall(self._true_scores(queries, numbers), truth)
+    def _measure(self, codes: Codes, seen: int) -> tuple[float, int]:
+        """(recall@10, effort): the least effort that finds enough, over the rows not added yet.
+
+        Fewer than ten vectors hold none out and ask for themselves.
+        """
+        numbers = np.arange(seen, len(self)) if seen < len(self) else np.arange(seen)
+        queries = self._stored.gather(numbers)
+        k = min(_MEASURED_K, seen)
+        truth, _ = nearest(self._stored, queries, k, np.arange(seen))
+        recall, effort = 0.0, 0
+        for effort in codes.kind.efforts:
+            _, found = self._probe(codes, queries, k, None, effort, codes.kind.oversample)
+            recall = _recall(self._stored.scores(queries, found), truth[:, k - 1 : k])
             if recall >= _RECALL_WANTED:
                 break
-        return recall, ef
-
-    def _true_scores(self, queries: Matrix, numbers: Numbers) -> Scores:
-        scores: Scores = np.stack(
-            [self._stored.scores(query[None], row) for query, row in zip(queries, numbers, strict=True)]
-        )
-        return scores
+        return recall, effort
 
     def search(
         self,
@@ -207,22 +161,22 @@ class SideIndex:
     ) -> Found:
         """The k best vectors of each query, (Q, D) float32 and C-contiguous.
 
-        allowed: which vectors count: a mask (N,) or ascending numbers.
-        filtered: False says that `allowed` only leaves out dead vectors; codes are then searched as without it.
-        Conflict where the queries do not fit the index.
+        allowed: which vectors count: a mask (N,), or ascending numbers.
+        filtered: False says that `allowed` only leaves out dead vectors: codes are searched as they are without it.
+        Raises Conflict where queries or mask do not fit the index, Invalid where k is below 1.
         """
         self._check(queries, k)
         numbers = _numbers(allowed, len(self))
+        filtered = filtered and numbers is not None
         count = len(self) if numbers is None else len(numbers)
+        codes = None if exact or self._scan_is_cheap(k, count, filtered) else self._codes
         with threads(1 if len(queries) == 1 else BUILD_THREADS):
-            if exact or self._scan_is_cheap(k, count, filtered and numbers is not None):
-                return Found(*nearest(self._stored, queries, k, numbers), True, 1.0)
-            ef = math.ceil(self._ef(k) * len(self) / count)
-            scores, found = self._approximate(queries, min(k, count), numbers, ef)
-            if numbers is not None and (found[:, : min(k, count)] < 0).any():
-                # The graph did not lead to enough allowed vectors.
-                return Found(*nearest(self._stored, queries, k, numbers), True, 1.0)
-            return Found(scores, found, False, self.recall)
+            if codes is not None:
+                scores, found = self._approximate(codes, queries, min(k, count), numbers, filtered)
+                # A graph that led to too few, and a filter that hid the content of lists, are answered exactly.
+                if not (filtered or isinstance(codes.kind, Graph)) or (found >= 0).all():
+                    return Found(scores, found, False, self.recall)
+            return Found(*nearest(self._stored, queries, k, numbers), True, 1.0)
 
     def _check(self, queries: Matrix, k: int) -> None:
         if k < 1:
@@ -230,77 +184,81 @@ class SideIndex:
         if queries.ndim != 2 or (self._stored.dim and queries.shape[1] != self._stored.dim):
             raise Conflict(f"queries of shape {queries.shape}; this index takes (Q, {self._stored.dim or 'D'})")
         if queries.dtype != np.float32 or not queries.flags.c_contiguous:
-            raise Conflict(f"queries are {queries.dtype} and maybe strided; expected C-contiguous float32")
-
-    def _ef(self, k: int) -> int:
-        return max(self.measured.ef, 2 * k)
+            layout = "contiguous" if queries.flags.c_contiguous else "strided"
+            raise Conflict(f"queries are {layout} {queries.dtype}; this index takes C-contiguous float32")
 
     def _scan_is_cheap(self, k: int, count: int, filtered: bool) -> bool:
-        if self._index is None or not count:
+        if self._codes is None or not count:
             return True
         if filtered and count <= _SCANNED_WHEN_FILTERED:
             return True
-        if not self.spec.kind.startswith("hnsw"):
+        if not isinstance(self._codes.kind, Graph):
             return False
-        return count <= max(_SMALL, _ROWS_PER_EF * self._ef(k) * len(self) // count)
+        return count <= max(_SMALL, _ROWS_PER_EF * self._effort(self._codes, k, count, filtered))
 
-    def _approximate(self, queries: Matrix, k: int, numbers: Numbers | None, ef: int) -> tuple[Scores, Numbers]:
-        index = _faiss(self._index)
-        selector = None if numbers is None else _selector(numbers, len(self))
-        oversample = _OVERSAMPLE.get(self.spec.kind, self.spec.keys.get("refine", 0))
-        fetch = min(k * max(1, oversample), index.ntotal)
-        if self.spec.kind.startswith("hnsw"):
-            params = faiss.SearchParametersHNSW(efSearch=max(ef, fetch), sel=selector)
-        else:
-            params = faiss.SearchParametersIVF(nprobe=self.spec.keys["nprobe"], sel=selector)
-        scores, found = index.search(queries, fetch, params=params)
-        return (scores, found) if not oversample else self._rescored(queries, k, found)
+    def _effort(self, codes: Codes, k: int, count: int, filtered: bool) -> int:
+        """What it takes to find k among `count` allowed vectors."""
+        effort = self.measured.effort
+        if isinstance(codes.kind, Graph):
+            effort = max(effort, k + k // 2)
+        return math.ceil(effort * len(self) / count) * (_WIDER_WHEN_FILTERED if filtered else 1)
 
-    def _rescored(self, queries: Matrix, k: int, numbers: Numbers) -> tuple[Scores, Numbers]:
-        scores = self._true_scores(queries, numbers)
+    def _approximate(
+        self, codes: Codes, queries: Matrix, k: int, numbers: Numbers | None, filtered: bool
+    ) -> tuple[Scores, Numbers]:
+        count = len(self) if numbers is None else len(numbers)
+        refine = codes.kind.oversample
+        if filtered and not isinstance(codes.kind, Graph):
+            refine = max(refine, _REFINED_WHEN_FILTERED)
+        return self._probe(codes, queries, k, numbers, self._effort(codes, k, count, filtered), refine)
+
+    def _probe(
+        self, codes: Codes, queries: Matrix, k: int, numbers: Numbers | None, effort: int, refine: int
+    ) -> tuple[Scores, Numbers]:
+        """refine: candidates per result that are rescored on the stored vectors; 0 for none."""
+        allowed = None if numbers is None else selector(numbers, len(self))
+        fetch = min(k * max(1, refine), codes.index.ntotal)
+        scores, found = codes.kind.probe(codes.index, queries, fetch, effort, allowed)
+        if not refine:
+            return scores, found
+        scores = self._stored.scores(queries, found)
         order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
-        return np.take_along_axis(scores, order, 1), np.take_along_axis(numbers, order, 1)
+        return np.take_along_axis(scores, order, 1), np.take_along_axis(found, order, 1)
 
     def save(self, folder: Path) -> None:
         """Write `side.json` and, where there is one, `index.faiss` into `folder`, fsynced."""
-        folder.mkdir(parents=True, exist_ok=True)
-        digest = None
         try:
-            if self._index is not None:
-                faiss.write_index(self._index, str(folder / "index.faiss"))
-                digest = _sync(folder / "index.faiss")
-            card = {
-                "spec": str(self.spec), "vectors": len(self), "dim": self._stored.dim, "sha256": digest,
-                "recall": self.measured.recall, "ef": self.measured.ef,
-                "bytes_per_vector": self.measured.bytes_per_vector, "notes": list(self.measured.notes),
-            }  # fmt: skip
-            (folder / "side.json").write_text(json.dumps(card, indent=1, sort_keys=True))
-            _sync(folder / "side.json")
+            folder.mkdir(parents=True, exist_ok=True)
+            digest = None
+            if self._codes is not None:
+                faiss.write_index(self._codes.index, str(folder / "index.faiss"))
+                digest = _synced(folder / "index.faiss")
+            card = {"spec": str(self.spec), "vectors": len(self), "dim": self._stored.dim, "sha256": digest}
+            (folder / "side.json").write_text(json.dumps(card | asdict(self.measured), indent=1))
+            _synced(folder / "side.json")
         except (OSError, RuntimeError) as error:
             raise BackendError("a vector index could not be written; is the disk full?") from error
 
     @classmethod
     def load(cls, folder: Path, chunks: Chunks, verify: bool = True) -> SideIndex:
-        """Open what `save` wrote; graph and codes stay on disk and are memory-mapped.
+        """Open what `save` wrote; codes and links stay on disk and are memory-mapped.
 
-        verify: hash `index.faiss` first, since FAISS reads a damaged file without a word. Pass False where
-        that has been done. BackendError where a file is missing, damaged or not about these chunks.
+        verify: hash `index.faiss` first, since FAISS reads a damaged file without a word. False where
+        that has been done. Raises BackendError where a file is missing, damaged or not about these chunks.
         """
         stored = Stored(chunks)
         try:
             card = json.loads((folder / "side.json").read_text())
             spec = parse_spec(card["spec"])
-            measured = Measured(card["recall"], card["ef"], card["bytes_per_vector"], tuple(card["notes"]))
+            measured = Measured(card["recall"], card["effort"], card["bytes_per_vector"], tuple(card["notes"]))
             if (card["vectors"], card["dim"]) != (len(stored), stored.dim):
-                raise BackendError(f"a vector index of {card['vectors']} vectors, but {len(stored)} are stored")
-            index = None
-            if card["sha256"] is not None:
-                if verify and _sha256(folder / "index.faiss") != card["sha256"]:
-                    raise BackendError("a vector index file is damaged: its checksum differs; rebuild the collection")
-                index = _read(folder / "index.faiss", len(stored), stored.dim)
+                raise BackendError(f"a vector index is about {card['vectors']} vectors, but {len(stored)} are stored")
+            kind = kind_of(spec) if len(stored) else None
+            digest = card["sha256"] if verify else None
+            codes = None if kind is None else Codes(kind, _read(folder / "index.faiss", digest, stored))
         except (OSError, RuntimeError, ValueError, KeyError, TypeError, Invalid) as error:
             raise BackendError("a vector index is missing or damaged; rebuild the collection") from error
-        return cls(spec, stored, index, measured)
+        return cls(spec, stored, codes, measured)
 
 
 def merge(sides: Sequence[tuple[Found, NDArray[np.integer[Any]]]], ids: Sequence[str], k: int) -> list[Ranking]:
@@ -351,19 +309,14 @@ def _tied_by_id(names: list[str], values: list[float], k: int) -> tuple[list[str
     return names[:k], values[:k]
 
 
-def _graph(stored: Stored, _: Spec) -> tuple[Any, tuple[str, ...]]:
-    index = faiss.IndexHNSWFlat(stored.dim, 32, faiss.METRIC_INNER_PRODUCT)
-    index.hnsw.efConstruction = 128
-    return index, ()
+def _spread(count: int, most: int) -> Numbers:
+    """At most `most` numbers below `count`, evenly spread."""
+    return np.unique(np.linspace(0, count - 1, min(count, most)).astype(np.int64))
 
 
-_BUILDERS: dict[str, Callable[[Stored, Spec], tuple[Any, tuple[str, ...]]]] = {"hnsw": _graph}
-
-
-def _recall(found: Scores, truth: Scores) -> float:
-    """Share of found scores as good as the k-th true one: a tie at the cut is no miss."""
-    least = truth[:, min(_MEASURED_K, truth.shape[1]) - 1, None] - TIE
-    return float((found >= least).sum() / found.size)
+def _recall(found: Scores, least: Scores) -> float:
+    """Share of found scores (Q, k) that reach the k-th true one (Q, 1): a tie at the cut is no miss."""
+    return float((found >= least - TIE).mean())
 
 
 def _numbers(allowed: Mask | Numbers | None, count: int) -> Numbers | None:
@@ -373,28 +326,30 @@ def _numbers(allowed: Mask | Numbers | None, count: int) -> Numbers | None:
         if allowed.shape != (count,):
             raise Conflict(f"a mask of shape {allowed.shape} for {count} vectors")
         return np.flatnonzero(allowed)
+    if len(allowed) and not 0 <= allowed[0] <= allowed[-1] < count:
+        raise Conflict(f"vector numbers outside 0 to {count - 1}")
     return np.ascontiguousarray(allowed, np.int64)
 
 
-def _selector(numbers: Numbers, count: int) -> faiss.IDSelector:
-    mask = np.zeros(count, np.bool_)
-    mask[numbers] = True
-    bits = np.packbits(mask, bitorder="little")
-    selector = faiss.IDSelectorBitmap(bits)
-    selector.bits_kept = bits  # FAISS holds a bare pointer
-    return selector
+def _bytes(index: Any) -> int:
+    """Size on disk, without writing it or holding a copy."""
+    total = 0
+
+    def count(data: bytes) -> int:
+        nonlocal total
+        total += len(data)
+        return len(data)
+
+    faiss.write_index(index, faiss.BufferedIOWriter(faiss.PyCallbackIOWriter(count)))
+    return total
 
 
-def _faiss(index: Any) -> Any:
-    if index is None:
-        raise BackendError("a flat side has no FAISS index")
-    return index
-
-
-def _read(path: Path, count: int, dim: int) -> Any:
+def _read(path: Path, digest: str | None, stored: Stored) -> Any:
+    if digest is not None and _sha256(path) != digest:
+        raise BackendError("a vector index file is damaged, its checksum differs; rebuild the collection")
     index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
-    if (index.ntotal, index.d) != (count, dim):
-        raise BackendError(f"a FAISS index of {index.ntotal} x {index.d}, but {count} x {dim} are stored")
+    if (index.ntotal, index.d) != (len(stored), stored.dim):
+        raise BackendError(f"a vector index of {index.ntotal} vectors, but {len(stored)} are stored")
     return index
 
 
@@ -403,8 +358,8 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _sync(path: Path) -> str:
+def _synced(path: Path) -> str:
     """Bring a file to the disk; its sha256."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return _sha256(path)
