@@ -21,7 +21,7 @@ from retrieval.errors import Invalid, NotFound
 
 
 class Concept(NamedTuple):
-    """A node. `parents` are ids of nodes (is-a); `wholes` those it is part of; `aliases` its terms in all sources."""
+    """A node. `synonyms` are all its names, the preferred ones with scope NAME; `parents` are ids of nodes (is-a); `wholes` those it is part of; `aliases` its terms in all sources."""
 
     id: str
     name: str
@@ -91,7 +91,7 @@ def merged(sources: Sequence[Sequence[Term]], denials: Mapping[str, str] | None 
     """One ontology from several, in order of trust. Raises Invalid: duplicate id, missing parent, cycle."""
     for terms in sources:
         _check(terms)
-    nodes = _joined(sources)
+    nodes = _joined([[_placed(term, at) for term in terms] for at, terms in enumerate(sources)])
     home = {term.id: at for at, members in enumerate(nodes) for term in members}
     ids = [members[0].id for members in nodes]
     concepts = {ids[at]: _concept(members, home, ids) for at, members in enumerate(nodes)}
@@ -262,13 +262,17 @@ def _normal(xref: str) -> str:
     return xref.replace("UMLS_CUI:", "UMLS:", 1)
 
 
+def _placed(term: Term, source: int) -> Term:
+    """The term with its name among the synonyms, each of which knows where it is from."""
+    names = (Synonym(term.name, "NAME"), *term.synonyms)
+    return term._replace(synonyms=tuple(synonym._replace(source=source) for synonym in names))
+
+
 def _concept(members: Sequence[Term], home: Mapping[str, int], ids: Sequence[str]) -> Concept:
     first = members[0]
-    names = [Synonym(term.name) for term in members[1:]] + [s for term in members for s in term.synonyms]
     unique: dict[str, Synonym] = {}
-    for synonym in names:
-        if synonym.text.lower() != first.name.lower():
-            unique.setdefault(synonym.text.lower(), synonym)
+    for synonym in (s for term in members for s in term.synonyms):
+        unique.setdefault(synonym.text.lower(), synonym)
 
     def linked(groups: Iterable[tuple[str, ...]]) -> tuple[str, ...]:
         for group in groups:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import permutations
 from typing import NamedTuple
 
-from ontology.graph import Concept, Ontology
+from ontology.graph import Ontology
 from ontology.words import Vocabulary, Word
 
 ANATOMY = frozenset(["T017", "T023", "T024", "T029", "T030", "T082"])
@@ -27,6 +27,7 @@ class Mention(NamedTuple):
     """Words `first` to `last` (inclusive) name a concept.
 
     denies: they state the normal that denies it. whole: a "not" among them is part of the name.
+    size: words of the name itself, without the modifiers inside it.
     """
 
     first: int
@@ -34,6 +35,7 @@ class Mention(NamedTuple):
     concept: int
     denies: bool = False
     whole: bool = False
+    size: int = 1
 
 
 @dataclass(frozen=True)
@@ -53,22 +55,35 @@ class Lexicon:
     def mentions(self, words: Sequence[Word], everyday: bool = False) -> list[Mention]:
         """Names from left to right, without overlap; everyday ones too where asked."""
         tables = (self.normal, self.names, self.lay) if everyday else (self.normal, self.names)
+        starting = [self._best(tables, words, at) for at in range(len(words))]
         found: list[Mention] = []
         at = 0
         while at < len(words):
-            best: tuple[int, int, int, str, bool] | None = None  # words of the name, -last, concept, key, denies
-            for table in tables:
-                match = self._longest(table, words, at)
-                if match and (best is None or match[:2] > best[:2]):
-                    best = (*match, table is self.normal)
-            if best is None:
+            best = starting[at]
+            if best is None or self._is_overtaken(best, starting):
                 at += 1
                 continue
-            mention = Mention(at, -best[1], best[2], best[4], not NEGATIVES.isdisjoint(best[3].split()))
-            found.append(mention)
-            found += self._coordinated(words, mention)
+            found.append(best)
+            found += self._coordinated(words, best)
             at = found[-1].last + 1
         return found
+
+    def _best(self, tables: Sequence[Mapping[str, int]], words: Sequence[Word], at: int) -> Mention | None:
+        best: tuple[int, int, int, str] | None = None
+        denies = False
+        for table in tables:
+            match = self._longest(table, words, at)
+            if match and (best is None or match[:2] > best[:2]):
+                best, denies = match, table is self.normal
+        if best is None:
+            return None
+        size, last, concept, key = best
+        return Mention(at, -last, concept, denies, not NEGATIVES.isdisjoint(key.split()), size)
+
+    def _is_overtaken(self, mention: Mention, starting: Sequence[Mention | None]) -> bool:
+        """ "changes from cystic fibrosis": a name as long that starts inside this one and reaches beyond it."""
+        inside = (starting[at] for at in range(mention.first + 1, mention.last + 1))
+        return any(other and other.last > mention.last and other.size >= mention.size for other in inside)
 
     def _longest(self, table: Mapping[str, int], words: Sequence[Word], at: int) -> tuple[int, int, int, str] | None:
         """(words of the name, -last word, concept, key) of the longest name from word `at`; the tightest of several."""
@@ -118,18 +133,18 @@ class Lexicon:
             yield Mention(at, at, concept)
 
 
-def compiled(ontology: Ontology, vocabulary: Vocabulary, reordered: str = "") -> Lexicon:
-    """The dictionary of an ontology. Names of concepts whose id starts with `reordered` match in any word order.
+def compiled(ontology: Ontology, vocabulary: Vocabulary) -> Lexicon:
+    """The dictionary of an ontology.
 
-    Where concepts share a name, the preferred one beats synonyms, exact ones beat related ones, and within that
-    the more trusted source wins.
+    Where concepts share a name, the most trusted source decides, then preferred names beat synonyms, and exact ones
+    related ones.
     """
     ids = list(ontology.concepts)
     ranked: dict[tuple[str, ...], tuple[int, int, int]] = {}
     lay: dict[tuple[str, ...], tuple[int, int, int]] = {}
     for number, concept in enumerate(ontology.concepts.values()):
-        ours = bool(reordered) and concept.id.startswith(reordered)
-        for text, scope in _names(concept):
+        for text, scope, source in concept.synonyms:
+            ours = source == 0
             key = vocabulary.key(text)
             if not 0 < len(key) <= _LONGEST or (not ours and _too_plain(key, vocabulary)):
                 continue
@@ -137,7 +152,7 @@ def compiled(ontology: Ontology, vocabulary: Vocabulary, reordered: str = "") ->
             if len(key) == 1 and not ours:
                 key = (f"={_singular(text.strip().lower())}",)  # a stem alone is too loose: "cervical", "cervicitis"
             for n, order in enumerate(permutations(key) if ours and len(key) <= _REORDERED else (key,)):
-                rank = (0 if ours else 1, _SCOPES[scope] + (10 if n else 0), number)
+                rank = (source, _SCOPES[scope] + (10 if n else 0), number)
                 target[order] = min(target.get(order, rank), rank)
     numbers = {id: number for number, id in enumerate(ids)}
     normal = {
@@ -147,12 +162,6 @@ def compiled(ontology: Ontology, vocabulary: Vocabulary, reordered: str = "") ->
     }
     anatomy = frozenset(n for n, c in enumerate(ontology.concepts.values()) if ANATOMY.intersection(c.types))
     return Lexicon(vocabulary, ids, anatomy, _table(ranked), _table(lay), _table(normal))
-
-
-def _names(concept: Concept) -> Iterator[tuple[str, str]]:
-    yield concept.name, "NAME"
-    for synonym in concept.synonyms:
-        yield synonym.text, synonym.scope
 
 
 def _too_plain(key: tuple[str, ...], vocabulary: Vocabulary) -> bool:

@@ -13,8 +13,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from ontology.assertion import assertions
+from ontology.assertion import Reading, readings
 from ontology.cues import TRIGGERS
+from ontology.labels import hedge
 from ontology.lexicon import Mention
 from ontology.spelling import allowance, distance
 from ontology.tables import CHEST, Tables, load_tables
@@ -28,7 +29,8 @@ if TYPE_CHECKING:
 
 Candidates = Callable[[Sequence[str], int], list[list[Candidate]]]
 
-VERSION = 1  # of the rules: raise it when the same tables give other findings
+VERSION = 2  # of the rules: raise it when the same tables give other findings
+LEANING = ("probable", "alternative", "borderline")  # kinds of hedges, see `ontology.labels`
 _PHRASE = 14  # words of a query that is read in everyday words
 _NEIGHBOURS = 10  # names looked at for a misspelled one
 _GRAM = 3  # words of a misspelled name
@@ -160,11 +162,12 @@ class Dictionary:
         for span in ordered:
             if span.whole:  # "not fully expanded": the negation is part of the name
                 text = text[: span.start] + "x" * (span.end - span.start) + text[span.end :]
-        said = assertions(text, [(span.start, span.end) for span in ordered])
+        said = readings(text, [(span.start, span.end) for span in ordered])
         ids = self.tables.lexicon.concepts
         return tuple(
-            Finding(ids[span.concept], _denied(a) if span.denies else a, (span.start, span.end))
-            for span, a in zip(ordered, said, strict=True)
+            Finding(ids[span.concept], assertion, (span.start, span.end))
+            for span, reading in zip(ordered, said, strict=True)
+            for assertion in (_denied(reading) if span.denies else _asserted(reading))
         )
 
 
@@ -201,6 +204,15 @@ def _clauses(words: Sequence[Word]) -> list[range]:
     return [range(first, last) for first, last in zip(starts, [*starts[1:], len(words)])]
 
 
-def _denied(assertion: Assertion) -> Assertion:
+def _denied(reading: Reading) -> list[Assertion]:
     """What a statement of the normal says of the finding: affirmed, it denies it."""
-    return Assertion.negated if assertion is Assertion.affirmed else Assertion.uncertain
+    return [Assertion.negated if reading.assertion is Assertion.affirmed else Assertion.uncertain]
+
+
+def _asserted(reading: Reading) -> list[Assertion]:
+    """A doubt that leans to presence counts as both: "probable edema", "atelectasis versus infiltrate".
+
+    An index keeps nothing but concepts and assertions, and must tell it from one that leaves all open ("may be").
+    """
+    leaning = reading.assertion is Assertion.uncertain and hedge(reading) in LEANING
+    return [reading.assertion, Assertion.affirmed] if leaning else [reading.assertion]

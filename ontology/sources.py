@@ -20,10 +20,14 @@ SCOPES = ("EXACT", "NARROW", "BROAD", "RELATED", "LAY")
 
 
 class Synonym(NamedTuple):
-    """Another name. scope: EXACT, NARROW, BROAD, RELATED, or LAY for everyday words (linked in queries only)."""
+    """Another name. scope: EXACT, NARROW, BROAD, RELATED, or LAY for everyday words (linked in queries only).
+
+    source: place of its source in the order of trust, 0 for the most trusted.
+    """
 
     text: str
     scope: str = "EXACT"
+    source: int = 0
 
 
 class Term(NamedTuple):

@@ -22,10 +22,10 @@ from ontology.facets import Facets, read_facets
 from ontology.lexicon import Lexicon, compiled
 from ontology.trigrams import Trigrams
 from ontology.words import Vocabulary
-from retrieval.errors import BackendError
+from retrieval.errors import BackendError, Invalid
 
 CHEST = Path(__file__).parent / "chest"
-FORMAT = 4  # of the compiled tables: raise it when what they hold changes
+FORMAT = 6  # of the compiled tables: raise it when what they hold changes
 _ARRAYS = ("idf", "starts", "rows", "weights")
 
 
@@ -40,6 +40,7 @@ class Tables:
     parents: list[list[int]]
     lexicon: Lexicon
     facets: Facets
+    weights: dict[str, float]
 
     @cached_property
     def numbers(self) -> dict[str, int]:
@@ -105,7 +106,7 @@ def _digest(source: Path) -> str:
 
 def _write(folder: Path, source: Path, ontology: graph.Ontology) -> None:
     vocabulary = Vocabulary.read(words_file(source))
-    lexicon = compiled(ontology, vocabulary, "chest:")
+    lexicon = compiled(ontology, vocabulary)
     facets = read_facets(source if source.is_dir() else CHEST, vocabulary)
     made = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}")
     made.mkdir(parents=True)
@@ -121,6 +122,7 @@ def _write(folder: Path, source: Path, ontology: graph.Ontology) -> None:
             "tables": [lexicon.names, lexicon.lay, lexicon.normal],
             "facets": [[list(key), sorted(held)] for key, held in facets.words.items()],
             "definitions": [[c, sorted(held)] for c, held in facets.definitions if c in numbers],
+            "weights": {concept: weight for concept, weight in _weights(source).items() if concept in numbers},
             "words": json.loads(words_file(source).read_text(encoding="utf-8")),
         }
         _put(made / "lexicon.json", content)
@@ -138,12 +140,24 @@ def _write(folder: Path, source: Path, ontology: graph.Ontology) -> None:
         shutil.rmtree(made, ignore_errors=True)
 
 
+def _weights(source: Path) -> dict[str, float]:
+    """Concept -> weight from `weights.tsv`, if there; it overrules the weights by semantic type."""
+    path = source / "weights.tsv"
+    if not path.is_file():
+        return {}
+    try:
+        pairs = [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines()[1:] if line]
+        return {concept: float(weight) for concept, weight in pairs}
+    except ValueError as error:
+        raise Invalid("weights.tsv: expected a concept, a tab and a number in every line after the header") from error
+
+
 def _spellings(ontology: graph.Ontology, lexicon: Lexicon) -> dict[str, int]:
     """Every name of six letters and more, in lower case, and the concept that the dictionary gives it."""
     names = dict.fromkeys(
         " ".join(text.lower().split())
         for concept in ontology.concepts.values()
-        for text in (concept.name, *(synonym.text for synonym in concept.synonyms))
+        for text, _, _ in concept.synonyms
     )
     found = {}
     for name in names:
@@ -167,4 +181,5 @@ def _read(folder: Path, digest: str) -> Tables:
         {tuple(key): frozenset(held) for key, held in content["facets"]},
         [(concept, frozenset(held)) for concept, held in content["definitions"]],
     )
-    return Tables(digest, folder, content["names"], content["types"], content["parents"], lexicon, facets)
+    lists = content["names"], content["types"], content["parents"]
+    return Tables(digest, folder, *lists, lexicon, facets, content["weights"])

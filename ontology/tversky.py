@@ -38,18 +38,24 @@ class Index:
 
     weights: semantic type -> weight. uniform: every concept weighs 1. information: weights by concept instead.
     decay: strength that an ancestor keeps per step (0: no hierarchy); depth: steps.
-    uncertain, disputed: strength of a doubted concept, and of one that is affirmed and denied in one text.
+    uncertain, leaning, disputed: strength of a concept that is doubted, doubted but affirmed too (a hedge that leans
+    to presence), and affirmed and denied in one text.
+    others: what the weights by type are worth beside those that the ontology declares for single concepts.
+    narrower: what a phrase gives a document per step that its concept lies below the one asked for.
     related: what a phrase gives a document that holds only the concept above the one asked for, or another below it.
     cost: weight of contradictions between reports.
     """
 
     alpha: float = 0.5
     beta: float = 1.0
-    cost: float = 0.5
-    decay: float = 0.3
-    depth: int = 2
-    uncertain: float = 0.4
-    disputed: float = 0.8
+    cost: float = 0.2
+    decay: float = 0.5
+    depth: int = 1
+    uncertain: float = 0.2
+    leaning: float = 0.9
+    disputed: float = 0.9
+    others: float = 0.02
+    narrower: float = 0.95
     related: float = 0.1
     weights: Mapping[str, float] = field(default_factory=lambda: TYPES)
     uniform: bool = False
@@ -71,9 +77,14 @@ class Measure:
     """
 
     def __init__(
-        self, index: Index, types: Callable[[str], Sequence[str]], parents: Callable[[str], Sequence[str]]
+        self,
+        index: Index,
+        types: Callable[[str], Sequence[str]],
+        parents: Callable[[str], Sequence[str]],
+        declared: Mapping[str, float] | None = None,
     ) -> None:
         self.index = index
+        self._declared = declared or {}
         self._types = types
         self._parents = parents
         self._weights: dict[str, float] = {}
@@ -92,7 +103,9 @@ class Measure:
         if not types:
             return 1.0
         weight = max(self.index.weights.get(t, 0.0) for t in types)
-        return float(weight > 0) if self.index.uniform else weight
+        if self.index.uniform:
+            return float(weight > 0)
+        return self._declared.get(concept, weight * self.index.others if self._declared else weight)
 
     def above(self, concept: str) -> dict[str, int]:
         """The concept and its ancestors with their distances."""
@@ -115,11 +128,12 @@ class Measure:
         return Profile(asserted, frozenset(said) - frozenset(asserted))
 
     def strength(self, said: set[Assertion]) -> float:
-        if Assertion.affirmed in said:
-            return self.index.disputed if Assertion.negated in said else 1.0
-        if Assertion.uncertain in said:
-            return self.index.uncertain * (self.index.disputed if Assertion.negated in said else 1.0)
-        return 0.0
+        strength = {
+            (True, False): 1.0,
+            (True, True): self.index.leaning,
+            (False, True): self.index.uncertain,
+        }.get((Assertion.affirmed in said, Assertion.uncertain in said), 0.0)
+        return strength * self.index.disputed if Assertion.negated in said else strength
 
     def spread(self, asserted: Mapping[str, float]) -> dict[str, float]:
         """Strengths with those that ancestors inherit."""
@@ -176,7 +190,7 @@ def measure(linker: Linker | None = None, index: Index | None = None) -> Measure
     def parents(concept: str) -> Sequence[str]:
         return [ids[parent] for parent in tables.parents[numbers[concept]]] if concept in numbers else ()
 
-    return Measure(index or Index(), types, parents)
+    return Measure(index or Index(), types, parents, tables.weights)
 
 
 def tversky_matrix(
@@ -256,7 +270,7 @@ class _Columns:
         for concept, rows in said.items():
             self._read(concept, rows)
         self.spread = self._inherited(lambda distance: by.index.decay**distance if distance <= by.index.depth else 0.0)
-        self.closed = self._inherited(lambda distance: 1.0)
+        self.closed = self._inherited(lambda distance: by.index.narrower**distance)
         self.totals = self._total(self.spread)
         self.raw_totals = self._total(self.asserted)
         self.denials = np.zeros(self.size, np.float32)
