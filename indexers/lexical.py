@@ -21,7 +21,7 @@ import numpy as np
 import tantivy
 from numpy.typing import NDArray
 
-from indexers.rows import Rows, ranked
+from indexers.rows import ranked
 from indexers.scan import TIE
 from indexers.shards import Checksums, Damaged, checksums, disk
 from retrieval import analysis
@@ -117,12 +117,12 @@ class Lexical:
         self._schema = index.schema
         self._searcher = index.searcher()
 
-    def search(self, texts: Sequence[str], k: int, allowed: Mask | None, ids: Rows) -> list[Ranking]:
+    def search(self, texts: Sequence[str], k: int, allowed: Mask | None, ids: Sequence[str]) -> list[Ranking]:
         """One ranking per text. allowed: (rows,), None for all."""
         with _tantivy("searching the lexical index"):
             return [self._search(Counter(analysis.tokens(text)), k, allowed, ids) for text in texts]
 
-    def _search(self, wanted: Mapping[str, int], k: int, allowed: Mask | None, ids: Rows) -> Ranking:
+    def _search(self, wanted: Mapping[str, int], k: int, allowed: Mask | None, ids: Sequence[str]) -> Ranking:
         share = 1.0 if allowed is None else float(allowed.mean()) if len(allowed) else 0.0
         if not wanted or share == 0.0:
             return Ranking()
@@ -180,10 +180,10 @@ class Scan:
         mean = np.mean(lengths) if lengths else 1.0
         self._norms = K1 * (1 - B + B * _stored_length(np.array(lengths, np.int64)) / mean)
 
-    def search(self, texts: Sequence[str], k: int, allowed: Mask | None, ids: Rows) -> list[Ranking]:
+    def search(self, texts: Sequence[str], k: int, allowed: Mask | None, ids: Sequence[str]) -> list[Ranking]:
         return [self._search(Counter(analysis.tokens(text)), k, allowed, ids) for text in texts]
 
-    def _search(self, wanted: Mapping[str, int], k: int, allowed: Mask | None, ids: Rows) -> Ranking:
+    def _search(self, wanted: Mapping[str, int], k: int, allowed: Mask | None, ids: Sequence[str]) -> Ranking:
         scores = np.zeros(len(self._rows))
         for token, times in wanted.items():
             places, counts = map(np.array, self._postings.get(token, ((), ())))

@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -25,6 +26,8 @@ from retrieval.types import Assertion, Hit
 Held = NDArray[np.int32]  # rows, ascending
 Concept = tuple[str, Assertion]
 NO_ROWS = np.empty(0, np.int32)
+LISTED_ROWS = 500_000  # up to so many, all ids are kept as a list once a search has needed them
+MANY = 64  # ids that are worth a dict of all
 
 
 class Base:
@@ -43,23 +46,25 @@ class Base:
         except (KeyError, ValueError) as error:
             raise Damaged("the table of rows cannot be read") from error
         self.count = len(self.alive)
+        self._names: list[str | None] = [None] * self.count  # ids that were needed so far
 
     def id(self, row: int) -> str:
-        return bytes(self.text[self.offsets[row] : self.offsets[row + 1]]).decode()
+        name = self._names[row]
+        if name is None:
+            start, stop = self.offsets[row : row + 2].tolist()
+            name = self._names[row] = self.text[start:stop].tobytes().decode()
+        return name
 
     def find(self, ids: Sequence[str]) -> list[int]:
         """The row of each id that was alive when the base was made, -1 elsewhere."""
         wanted = np.array([_hash(id) for id in ids], np.uint64)
-        out = []
-        for id, value, at in zip(ids, wanted, np.searchsorted(self.hashes, wanted).tolist(), strict=True):
-            row = -1
-            while at < len(self.hashes) and self.hashes[at] == value:
-                if self.id(candidate := int(self.hashed[at])) == id:
-                    row = candidate
-                    break
-                at += 1
-            out.append(row)
-        return out
+        first, last = (np.searchsorted(self.hashes, wanted, side).tolist() for side in ("left", "right"))
+        return [self._among(id, a, b) for id, a, b in zip(ids, first, last, strict=True)]
+
+    def _among(self, id: str, first: int, last: int) -> int:
+        """Which of the rows whose ids have the same hash is it?"""
+        rows: list[int] = self.hashed[first:last].tolist() if first < last else []
+        return next((row for row in rows if self.id(row) == id), -1)
 
     def held(self, concept: Concept) -> Held:
         at = self.concepts.get(concept)
@@ -67,8 +72,11 @@ class Base:
 
 
 @dataclass(eq=False)
-class Rows:
-    """All rows of one published state, and `retrieval.types.Postings`. Never changed; `extended` gives the next."""
+class Rows(Sequence[str]):
+    """All rows of one published state, dead ones included: ids by row, and `retrieval.types.Postings`.
+
+    Never changed; `extended` gives the next.
+    """
 
     columns: Columns
     alive: NDArray[np.bool_]
@@ -131,13 +139,26 @@ class Rows:
 
     # --- ids -------------------------------------------------------------------------------------
 
-    def __getitem__(self, row: int) -> str:
+    def __getitem__(self, row: Any) -> Any:  # int -> str; the other overload of a sequence has no use here
         """The id of a row."""
-        start = self.start
-        return self.later_ids[row - start] if row >= start else self.base.id(row)  # type: ignore[union-attr]
+        base = self.base
+        if base is not None and row < base.count:
+            return base.id(row)
+        return self.later_ids[row - self.start]
+
+    @cached_property
+    def names(self) -> Sequence[str]:
+        """Ids by row, as a list unless there are very many."""
+        return list(self._all_ids()) if len(self) <= LISTED_ROWS else self
+
+    @cached_property
+    def _row_of(self) -> dict[str, int]:
+        return {self.names[row]: row for row in np.flatnonzero(self.alive).tolist()}
 
     def find(self, ids: Sequence[str]) -> list[int]:
         """The row of each id, -1 where there is no such document."""
+        if len(ids) > MANY and len(self) <= LISTED_ROWS:
+            return [self._row_of.get(id, -1) for id in ids]
         rows = [self.later_rows.get(id, -1) for id in ids]
         missing = [n for n, row in enumerate(rows) if row < 0]
         if missing and self.base is not None:
@@ -191,7 +212,7 @@ def _hash(id: str | bytes) -> int:
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 
-def ranked(scores: NDArray[np.floating[Any]], rows: NDArray[np.integer[Any]], k: int, ids: Rows) -> list[Hit]:
+def ranked(scores: NDArray[np.floating[Any]], rows: NDArray[np.integer[Any]], k: int, ids: Sequence[str]) -> list[Hit]:
     """The k best, ties ordered by id. `scores` hold everything that is tied with the k-th."""
     order = np.argsort(-scores, kind="stable")
     scores = scores[order]

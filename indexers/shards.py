@@ -15,7 +15,7 @@ import os
 import re
 import uuid
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -170,7 +170,8 @@ class VectorWriter:
 
     def close(self) -> None:
         if self._file is not None:
-            self._file.close()
+            with suppress(OSError):  # a full disk refuses the last bytes of what is thrown away
+                self._file.close()
             self._path.unlink(missing_ok=True)
 
     def _seal(self) -> None:

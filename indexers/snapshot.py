@@ -5,8 +5,9 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,10 +30,10 @@ SOUND = (OK, VERIFYING)
 class Words(Protocol):
     """What answers a search by words: `lexical.Lexical`, or `lexical.Scan` in its stead."""
 
-    def search(self, texts: Sequence[str], k: int, allowed: Mask | None, ids: Rows) -> list[Ranking]: ...
+    def search(self, texts: Sequence[str], k: int, allowed: Mask | None, ids: Sequence[str]) -> list[Ranking]: ...
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Stretch:
     """Consecutive vectors of one side with one index over them: the sealed ones, or the fresh tail."""
 
@@ -50,11 +51,19 @@ class Stretch:
             mask = allowed[: len(self.rows)] if self.straight else allowed[self.rows]
         return self.index.search(queries, k, mask, exact, filtered=allowed is not None)
 
-    def places(self, rows: NDArray[np.int64], count: int) -> NDArray[np.int64]:
+    def places(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """The vector number of each of `rows`, -1 where it has none here."""
-        place = np.full(count, -1, np.int64)
-        place[self.rows] = np.arange(len(self.rows))
-        return place[rows]
+        table = self._places
+        inside = rows < len(table)
+        return np.where(inside, table[np.where(inside, rows, 0)] if len(table) else -1, -1)
+
+    @cached_property
+    def _places(self) -> NDArray[np.int64]:
+        if self.straight:
+            return np.arange(len(self.rows))
+        table = np.full(int(self.rows.max()) + 1, -1, np.int64)
+        table[self.rows] = np.arange(len(self.rows))
+        return table
 
 
 @dataclass(eq=False)
@@ -139,7 +148,7 @@ class EmbeddedSnapshot:
         out = np.zeros((len(ids), info.dim), np.float32)
         held = np.zeros(len(ids), bool)
         for stretch in self.stretches.get((space, side), ()):
-            places = stretch.places(found[known], len(self.rows))
+            places = stretch.places(found[known])
             here = known[places >= 0]
             out[here] = stretch.matrix(places[places >= 0])
             held[here] = True
@@ -157,7 +166,7 @@ class EmbeddedSnapshot:
         """BM25 over the tokens of title and text."""
         _check_k(k)
         words = self.words or self._scanned()
-        return words.search(texts, k, self._allowed(where), self.rows)
+        return words.search(texts, k, self._allowed(where), self.rows.names)
 
     def search_vectors(
         self,
@@ -176,7 +185,7 @@ class EmbeddedSnapshot:
         found = [(stretch.search(queries, k, allowed, exact), stretch.rows) for stretch in stretches]
         if not found:
             return [Ranking() for _ in queries]
-        return merge(found, cast(Sequence[str], self.rows), k)  # only indexed
+        return merge(found, self.rows.names, k)
 
     def search_findings(
         self, parts: Sequence[Part], k: int, where: Filter | None, score: FindingsScore
@@ -192,7 +201,7 @@ class EmbeddedSnapshot:
         scores = score(part, self.rows)
         good = scores > 0 if allowed is None else (scores > 0) & allowed
         rows = np.flatnonzero(good)
-        return Ranking(ranked(scores[rows].astype(np.float64), rows, k, self.rows))
+        return Ranking(ranked(scores[rows].astype(np.float64), rows, k, self.rows.names))
 
     def _allowed(self, where: Filter | None) -> Mask | None:
         """(rows,) who may be found; None where everyone may."""
