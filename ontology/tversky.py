@@ -256,26 +256,61 @@ def findings_score(linker: Linker | None = None, index: Index | None = None) -> 
     return score
 
 
+_DENSE = 24  # a column with more than one row in so many is kept dense: adding it is then one pass without indices
+
+
+class _Column:
+    """How strongly the rows hold one concept. rows: None where `values` has one entry per row."""
+
+    def __init__(self, values: Scores) -> None:
+        held = np.flatnonzero(values).astype(np.int32)
+        self.count = len(held)
+        dense = self.count * _DENSE > len(values)
+        self.rows = None if dense else held
+        self.values = values if dense else values[held]
+
+    def add_to(self, total: Scores, factor: float, cap: float | None = None) -> None:
+        """total += factor * min(strength, cap)."""
+        values = self.values if cap is None or cap >= 1 else np.minimum(self.values, np.float32(cap))
+        if factor != 1:
+            values = values * np.float32(factor)
+        if self.rows is None:
+            total += values
+        else:
+            total[self.rows] += values
+
+    def raise_to(self, total: Scores, factor: float) -> None:
+        """total = max(total, factor * strength)."""
+        values = self.values * np.float32(factor)
+        if self.rows is None:
+            np.maximum(total, values, out=total)
+        else:
+            total[self.rows] = np.maximum(total[self.rows], values)
+
+    def put(self, total: Scores, value: float) -> None:
+        """`value` in the rows that hold the concept."""
+        total[self.values > 0 if self.rows is None else self.rows] = value
+
+
 class _Columns:
     """The profiles of all rows of an index, by concept. Made once per published state."""
 
     def __init__(self, by: Measure, postings: Postings) -> None:
         self.by = by
         self.size = postings.size
-        self.asserted: dict[str, tuple[NDArray[np.int32], Scores]] = {}
-        self.denied: dict[str, NDArray[np.int32]] = {}
+        self.asserted: dict[str, _Column] = {}
+        self.denied: dict[str, _Column] = {}
         said: dict[str, dict[Assertion, NDArray[np.int32]]] = {}
         for concept, assertion in postings.concepts():
             said.setdefault(concept, {})[Assertion(assertion)] = postings.rows(concept, assertion)
         for concept, rows in said.items():
             self._read(concept, rows)
-        self.spread = self._inherited(lambda distance: by.index.decay**distance if distance <= by.index.depth else 0.0)
-        self.closed = self._inherited(lambda distance: by.index.narrower**distance)
-        self.totals = self._total(self.spread)
-        self.raw_totals = self._total(self.asserted)
-        self.denials = np.zeros(self.size, np.float32)
-        for held in self.denied.values():
-            self.denials[held] += 1
+        index = by.index
+        self.spread = self._inherited(lambda steps: index.decay**steps if steps <= index.depth else 0.0)
+        self.closed = self._inherited(lambda steps: index.narrower**steps)
+        self.totals = self._total({c: (column, by.weight(c)) for c, column in self.spread.items()})
+        self.raw_totals = self._total({c: (column, by.weight(c)) for c, column in self.asserted.items()})
+        self.denials = self._total({c: (column, 1.0) for c, column in self.denied.items()})
 
     def _read(self, concept: str, rows: Mapping[Assertion, NDArray[np.int32]]) -> None:
         bits = np.zeros(self.size, np.int8)
@@ -285,20 +320,19 @@ class _Columns:
                 bits[rows[assertion]] |= 1 << bit
         strengths = np.array([self.by.strength({a for n, a in enumerate(order) if b >> n & 1}) for b in range(8)])
         values = strengths[bits].astype(np.float32)
-        held = np.flatnonzero(values).astype(np.int32)
-        if len(held):
-            self.asserted[concept] = held, values[held]
-        denied = np.flatnonzero((bits > 0) & (values == 0)).astype(np.int32)
-        if len(denied):
+        asserted = _Column(values)
+        denied = _Column(((bits > 0) & (values == 0)).astype(np.float32))
+        if asserted.count:
+            self.asserted[concept] = asserted
+        if denied.count:
             self.denied[concept] = denied
 
-    def _inherited(self, share: Callable[[int], float]) -> dict[str, tuple[NDArray[np.int32], Scores]]:
+    def _inherited(self, share: Callable[[int], float]) -> dict[str, _Column]:
         """Strengths with those that ancestors inherit, `share` by distance."""
         sources: dict[str, list[tuple[str, float]]] = {}
         for concept in self.asserted:
             for above, distance in self.by.above(concept).items():
-                factor = share(distance) if distance else 1.0
-                if factor:
+                if factor := share(distance) if distance else 1.0:
                     sources.setdefault(above, []).append((concept, factor))
         out = {}
         for above, lenders in sources.items():
@@ -307,16 +341,14 @@ class _Columns:
                 continue
             values = np.zeros(self.size, np.float32)
             for concept, factor in lenders:
-                rows, strengths = self.asserted[concept]
-                values[rows] = np.maximum(values[rows], np.float32(factor) * strengths)
-            held = np.flatnonzero(values).astype(np.int32)
-            out[above] = held, values[held]
+                self.asserted[concept].raise_to(values, factor)
+            out[above] = _Column(values)
         return out
 
-    def _total(self, columns: Mapping[str, tuple[NDArray[np.int32], Scores]]) -> Scores:
+    def _total(self, columns: Mapping[str, tuple[_Column, float]]) -> Scores:
         total = np.zeros(self.size, np.float32)
-        for concept, (rows, strengths) in columns.items():
-            total[rows] += np.float32(self.by.weight(concept)) * strengths
+        for column, weight in columns.values():
+            column.add_to(total, weight)
         return total
 
     def alike(self, query: Profile) -> Scores:
@@ -327,60 +359,54 @@ class _Columns:
         spread = self.by.spread(query.asserted)
         shared = np.zeros(self.size, np.float32)
         for concept, strength in spread.items():
-            if concept in self.spread:
-                rows, strengths = self.spread[concept]
-                shared[rows] += np.float32(self.by.weight(concept)) * np.minimum(strengths, np.float32(strength))
+            weight = self.by.weight(concept)
+            if weight and concept in self.spread:
+                self.spread[concept].add_to(shared, weight, strength)
         rows = np.flatnonzero(shared)
-        contradicted = self._contradicted(query)[rows]
-        own = np.float32(self.by.total(spread)) - shared[rows]
+        inside = shared[rows]
+        own = np.float32(self.by.total(spread)) - inside
+        other = self.totals[rows] - inside
         out = np.zeros(self.size, np.float32)
-        out[rows] = self.by.ratio(shared[rows], own, self.totals[rows] - shared[rows], contradicted)
+        out[rows] = self.by.ratio(inside, own, other, self._contradicted(query)[rows])
         out[rows] += np.float32(DENIALS) * denials[rows]
         return out
 
     def _denials(self, query: Profile) -> Scores:
         """(N,) Dice index of the denied sets."""
-        both = np.zeros(self.size, np.float32)
-        for concept in query.denied:
-            if concept in self.denied:
-                both[self.denied[concept]] += 2
-        return np.asarray(both / np.maximum(self.denials + np.float32(len(query.denied)), 1), np.float32)
+        both = self._total({c: (self.denied[c], 2.0) for c in query.denied if c in self.denied})
+        both /= np.maximum(self.denials + np.float32(len(query.denied)), np.float32(1))
+        return both
 
     def _contradicted(self, query: Profile) -> Scores:
-        out = np.zeros(self.size, np.float32)
-        for concept in query.denied:
-            if concept in self.asserted:
-                rows, strengths = self.asserted[concept]
-                out[rows] += np.float32(self.by.weight(concept)) * strengths
+        columns = {c: (self.asserted[c], self.by.weight(c)) for c in query.denied if c in self.asserted}
         for concept, strength in query.asserted.items():
             if concept in self.denied:
-                out[self.denied[concept]] += np.float32(self.by.weight(concept) * strength)
-        return out
+                columns[concept] = self.denied[concept], self.by.weight(concept) * strength
+        return self._total(columns)
 
     def containing(self, query: Profile) -> Scores:
         """(N,) share of a phrase's weight that the rows answer; never above 0 for rows that contradict all of it."""
         weights = {concept: self.by.weight(concept) for concept in (*query.asserted, *query.denied)}
         if not any(weights.values()):
             weights = dict.fromkeys(weights, 1.0)
+        whole = sum(weights.values()) or 1.0
         total = np.zeros(self.size, np.float32)
         for concept in query.asserted:
-            self._answer(concept, np.float32(weights[concept]), total)
+            total += np.float32(weights[concept] / whole) * self._answers(concept)
         for concept in query.denied:
             if concept in self.denied:
-                total[self.denied[concept]] += np.float32(weights[concept])
+                self.denied[concept].add_to(total, weights[concept] / whole)
             if concept in self.closed:
-                rows, strengths = self.closed[concept]
-                total[rows] -= np.float32(weights[concept]) * strengths
-        return np.maximum(total / np.float32(sum(weights.values()) or 1.0), 0)
+                self.closed[concept].add_to(total, -weights[concept] / whole)
+        return np.maximum(total, 0)
 
-    def _answer(self, concept: str, weight: np.float32, total: Scores) -> None:
-        """Add what the rows say of an asserted concept: themselves, below it, or at least near it; denying it costs."""
+    def _answers(self, concept: str) -> Scores:
+        """What the rows say of an asserted concept: it, one below it, or at least one near it; denying it costs."""
         values = np.zeros(self.size, np.float32)
         for above, distance in self.by.above(concept).items():
-            if above in self.closed and distance <= 1 and (distance == 0 or self.by.index.related):
-                rows, strengths = self.closed[above]
-                factor = np.float32(self.by.index.related if distance else 1.0)
-                values[rows] = np.maximum(values[rows], factor * strengths)
+            factor = self.by.index.related if distance else 1.0
+            if distance <= 1 and factor and above in self.closed:
+                self.closed[above].raise_to(values, factor)
         if concept in self.denied:
-            values[self.denied[concept]] = -1.0
-        total += weight * values
+            self.denied[concept].put(values, -1.0)
+        return values
