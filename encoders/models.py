@@ -77,7 +77,9 @@ class loading:
         self._name, self._kind = name, kind
 
     def __enter__(self) -> None:
-        return None
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()  # a bar for weights that are loaded in a second
 
     def __exit__(self, _type: object, error: BaseException | None, _trace: object) -> None:
         if isinstance(error, Exception) and not isinstance(error, (InputError, BackendError)):

@@ -282,10 +282,11 @@ def test_a_timm_folder_encodes_pictures_and_no_texts(tmp_path: Path, cache: Path
     import timm
     import torch
     from safetensors.torch import save_file
-    from timm.data import create_transform, resolve_model_data_config
+    from timm.data.config import resolve_model_data_config
+    from timm.data.transforms_factory import create_transform
 
     torch.manual_seed(0)
-    tower = timm.create_model("test_vit", pretrained=False)
+    tower: Any = timm.create_model("test_vit", pretrained=False)
     save_file(tower.state_dict(), tmp_path / "model.safetensors")
     held = {
         "input_size": [3, 160, 160],
@@ -302,10 +303,12 @@ def test_a_timm_folder_encodes_pictures_and_no_texts(tmp_path: Path, cache: Path
     assert [pair.handles(item) for item in (Item(text="x"), Item(image=PICTURES[0]))] == [False, True]
     with pytest.raises(InputError, match="reads no texts"):
         pair.encode_queries([Item(text="x")])
-    plain = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=0).eval()
-    transform = create_transform(**resolve_model_data_config(plain), is_training=False)
+    tower.reset_classifier(0)
+    transform = create_transform(**resolve_model_data_config(tower, held), is_training=False)  # type: ignore[no-untyped-call]
     with torch.inference_mode():
-        wanted = plain(torch.stack([transform(Image.open(io.BytesIO(p)).convert("RGB")) for p in PICTURES])).numpy()
+        wanted = tower.eval()(
+            torch.stack([transform(Image.open(io.BytesIO(p)).convert("RGB")) for p in PICTURES])
+        ).numpy()
     assert cosines(pair.encode_documents(seen(PICTURES)), wanted).min() > 0.9999
 
 

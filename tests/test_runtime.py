@@ -223,7 +223,7 @@ text = text_encoder(None, cache)
 pair = image_encoder(str(film), text, cache)
 first = pair.encode_queries([Item(text="small left effusion"), Item(image=picture)])
 text.encode_documents([Item(text=f"a report of {n} words " * n) for n in range(60)])
-heavy = ["torch", "torchvision", "transformers", "sentence_transformers", "open_clip", "timm", "huggingface_hub", "scipy"]
+heavy = ["torch", "transformers", "sentence_transformers", "open_clip", "timm", "huggingface_hub", "scipy", "pydicom"]
 loaded = [name for name in heavy if name in sys.modules]
 json.dump({"vectors": first.tolist(), "digests": dict(pair.digests), "loaded": loaded, "sockets": sockets}, sys.stdout)
 """
@@ -242,8 +242,9 @@ def test_a_warm_cache_needs_neither_torch_nor_the_network(tmp_path_factory: pyte
     here = pair.encode_queries([Item(text="small left effusion"), Item(image=PICTURES[0])])
     asked = subprocess.run(
         [sys.executable, "-c", WARM, str(cache), str(film), str(folder / "picture")],
-        cwd=ROOT, capture_output=True, text=True, timeout=120, check=True,
+        cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
+    assert asked.returncode == 0, asked.stderr
     there = json.loads(asked.stdout)
     assert (there["loaded"], there["sockets"]) == ([], [])
     assert there["digests"] == dict(pair.digests)  # a query knows by which towers it was made

@@ -48,7 +48,7 @@ def tiny_bert(folder: Path) -> dict[str, Any]:
     """A tokenizer of thirteen words and a BERT of two small layers, saved where transformers finds them."""
     import torch
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-    from transformers import BertConfig, BertTokenizerFast
+    from transformers import BertConfig, PreTrainedTokenizerFast
 
     made = Tokenizer(models.WordPiece({word: n for n, word in enumerate(WORDS)}, unk_token="[UNK]"))
     made.normalizer = normalizers.Lowercase()
@@ -56,7 +56,15 @@ def tiny_bert(folder: Path) -> dict[str, Any]:
     made.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
-    BertTokenizerFast(tokenizer_object=made, model_max_length=16).save_pretrained(folder)
+    special = {
+        "unk_token": "[UNK]",
+        "pad_token": "[PAD]",
+        "cls_token": "[CLS]",
+        "sep_token": "[SEP]",
+        "mask_token": "[MASK]",
+    }
+    fast = PreTrainedTokenizerFast(tokenizer_object=made, model_max_length=16, **special)  # type: ignore[no-untyped-call]
+    fast.save_pretrained(folder)
     torch.manual_seed(0)
     return {
         "config": BertConfig(
