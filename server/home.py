@@ -39,6 +39,10 @@ TUNED = "weights.json"  # fusion weights learned for this collection, beside its
 Stamp = tuple[tuple[int, int] | None, ...]
 
 
+class NotWritable(InputError):
+    """The home folder: the fault of whoever typed its name, and over HTTP not of the caller."""
+
+
 class Learned(NamedTuple):
     """What was learned about a collection after it was built."""
 
@@ -170,10 +174,14 @@ class Home:
 
         folder = self.folder(name)
         self._must_be_writable(folder)
+        self.check_vector_index(config.vector_index)
+        parts = self.models.parts(config, shipped_weights())
+        if parts.scorer is not None:
+            parts.scorer.digest  # noqa: B018 (loads it: a wrong name is refused now, not at the first search)
         done = build(
             folder,
             documents,
-            self.models.parts(config, shipped_weights()).prepare,
+            parts.prepare,
             config=config.json(),
             spaces=self.models.spaces(config),
             vector_index=config.vector_index,
@@ -284,7 +292,7 @@ class Home:
 
     def _must_exist(self, name: str) -> None:
         if not self.folder(name).is_dir():
-            raise NotFound(f"collection {name}: not found in {self.settings.home}; 'lightbox index' makes one")
+            raise NotFound(f"collection {name}: there is none of that name; 'lightbox index' makes one")
 
     def _parts(self, name: str, config: Config) -> Parts:
         learned = self._learned(name, config)
@@ -372,8 +380,8 @@ def silent(phase: str, done: int, total: int | None) -> None:
     """A Progress that says nothing."""
 
 
-def _not_writable(home: Path) -> InputError:
-    return InputError(f"home: cannot write to '{home}'; name another folder with --home or LIGHTBOX_HOME")
+def _not_writable(home: Path) -> NotWritable:
+    return NotWritable(f"home: cannot write to '{home}'; name another folder with --home or LIGHTBOX_HOME")
 
 
 def _legs(config: Config) -> list[str | None]:

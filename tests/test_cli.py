@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import pty
 import subprocess
 import sys
 from collections.abc import Callable
@@ -26,13 +28,9 @@ QUARANTINE = Path("lightbox-data/collections/films/quarantine.jsonl")
 
 
 @pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs one command in this process, with collections made of the fakes, in the home below `tmp_path`."""
+def real_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs one command in this process, in the home below `tmp_path`."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("server.assemble.Models.encoders", FakeModels.encoders)
-    monkeypatch.setattr("server.assemble.Models.linker", FakeModels.linker)
-    monkeypatch.setattr("server.assemble.Models.findings_score", FakeModels.findings_score)
-    monkeypatch.setattr("server.assemble.Models.scorer", FakeModels.scorer)
 
     def call(*words: str | Path) -> Ran:
         with pytest.raises(SystemExit) as end:
@@ -41,6 +39,14 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
         return Ran(int(end.value.code or 0), out, err)
 
     return call
+
+
+@pytest.fixture
+def run(real_run: Run, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """The same, with collections made of the fakes; only pictures are really read."""
+    for part in ("encoders", "linker", "findings_score", "scorer"):
+        monkeypatch.setattr(f"server.assemble.Models.{part}", getattr(FakeModels, part))
+    return real_run
 
 
 @pytest.fixture
@@ -338,6 +344,28 @@ def test_a_collection_of_another_encoder_is_refused(films: Run, monkeypatch: pyt
     assert "made by another encoder" in done.err
 
 
+@pytest.mark.parametrize(
+    ("option", "name", "message"),
+    [
+        ("--text-encoder", "no/such", "unknown model 'no/such'"),
+        ("--text-encoder", "source", "holds no model"),
+        ("--image-encoder", "no/such", "unknown image encoder"),
+        ("--reranker", "no/such", "unknown model 'no/such'"),
+        ("--ontology", "nothing", "expected 'chest' or the path of an ontology"),
+    ],
+)
+def test_an_unknown_model_is_refused_before_any_work(
+    real_run: Run, tmp_path: Path, option: str, name: str, message: str
+) -> None:
+    write_source(tmp_path / "source")
+    others = ["--text-encoder", "none", "--image-encoder", "none", "--ontology", "none"]
+    kept = [word for pair in zip(others[::2], others[1::2]) if pair[0] != option for word in pair]
+    done = real_run("index", "films", "source", option, name, *kept)
+    assert (done.status, done.out) == (2, "")
+    assert message in done.err
+    assert real_run("info", "films").status == 2
+
+
 def test_our_own_fault_is_exit_status_1_and_one_line(films: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(self: object, name: str) -> None:
         raise ZeroDivisionError("division by zero")
@@ -400,6 +428,48 @@ def test_help_lists_every_command_of_the_contract() -> None:
     commands = "index add remove delete rebuild rollback tune search evaluate compare train label info serve"
     for command in commands.split():
         assert f"  {command} " in text
+
+
+def on_a_terminal(*words: str, home: Path, stop_at: str | None = None) -> tuple[int, str]:
+    """Runs a command on a pseudo-terminal; sends Ctrl-C when `stop_at` is shown. Exit status and what was shown."""
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.environ["LIGHTBOX_HOME"] = str(home)
+        os.execv(sys.executable, [sys.executable, "-m", "server.cli", *words])
+    shown = ""
+    with contextlib.suppress(OSError):  # how the end of a terminal is told
+        while chunk := os.read(terminal, 4096):
+            shown += chunk.decode(errors="replace")
+            if stop_at is not None and stop_at in shown:
+                os.write(terminal, b"\x03")
+                stop_at = None
+    _, status = os.waitpid(pid, 0)
+    return os.waitstatus_to_exitcode(status), shown
+
+
+BARE = ("--text-encoder", "none", "--image-encoder", "none", "--ontology", "none")
+
+
+def test_a_terminal_shows_a_bar(tmp_path: Path) -> None:
+    source = write_source(tmp_path / "source")
+    status, shown = on_a_terminal("index", "films", str(source), *BARE, home=tmp_path / "home")
+    assert status == 0, shown
+    assert "3/3" in shown
+    assert "━" in shown
+    assert "collection films: generation 1, 3 documents" in shown
+
+
+def test_ctrl_c_stops_cleanly_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    rows = [{"_id": f"{n}", "text": f"word{n} heart lung"} for n in range(60_000)]
+    source = write_source(tmp_path / "source", rows)
+    command = ("index", "films", str(source), *BARE)
+    status, shown = on_a_terminal(*command, home=tmp_path / "home", stop_at="encode")
+    assert status == 130, shown
+    assert "stopped; the same command again goes on from here" in shown
+    assert "Traceback" not in shown
+    write_source(tmp_path / "source", rows[:300])
+    done = child(*command, LIGHTBOX_HOME=str(tmp_path / "home"))
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_closed_pipe_is_no_error(tmp_path: Path) -> None:
