@@ -79,9 +79,15 @@ def _content(path: Path) -> bytes:
         raise InputError(f"picture {path.name!r} cannot be read: {error.strerror}") from error
 
 
-def _thumbnail(image: Image.Image) -> bytes:
+def smaller(png: bytes, side: int) -> bytes:
+    """A rendered picture again, its longest side at most `side` px: for lists that show many at once."""
+    with Image.open(io.BytesIO(png), formats=["PNG"]) as image:
+        return _thumbnail(image, side)
+
+
+def _thumbnail(image: Image.Image, side: int = THUMBNAIL) -> bytes:
     small = image.copy()
-    small.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
+    small.thumbnail((side, side), Image.Resampling.LANCZOS)
     out = io.BytesIO()
     small.save(out, "PNG", compress_level=3)
     return out.getvalue()

@@ -1,15 +1,16 @@
-"""Searches that arrive together are answered together: one encoder call, off the event loop.
+"""Work off the event loop, a bounded amount of it. Searches that arrive together are answered together.
 
-While one batch of a collection is being answered, the next one gathers. Nothing waits on a timer,
-so a lone query is as fast as it can be.
+While one batch of a collection is being answered, by one encoder call, the next one gathers. Nothing
+waits on a timer, so a lone query is as fast as it can be.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from retrieval.engine import Engine
 from retrieval.errors import RetrievalError
@@ -17,6 +18,7 @@ from retrieval.request import Answer, Request
 from server import metrics
 from server.problems import Refused
 
+T = TypeVar("T")
 MAX_BATCH = 32
 
 
@@ -85,3 +87,27 @@ def _observe(answers: list[Answer | RetrievalError]) -> None:
     took: dict[str, float] = next((answer["took_ms"] for answer in answers if isinstance(answer, dict)), {})
     for stage, ms in took.items():
         metrics.STAGES.labels(stage).observe(ms / 1000)
+
+
+class Work:
+    """Everything else that keeps a core busy: uploads, removals, embeddings."""
+
+    def __init__(self, limit: int, threads: int = 2) -> None:
+        self.limit = limit
+        self._pool = ThreadPoolExecutor(threads, "work")
+        self._accepted = 0
+
+    async def __call__(self, call: Callable[..., T], *arguments: object) -> T:
+        """What `call` returns. Raises Refused where too much waits."""
+        if self._accepted >= self.limit:
+            raise Refused(
+                429, f"{self.limit} requests of this kind are waiting already; try again", {"Retry-After": "2"}
+            )
+        self._accepted += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._pool, call, *arguments)
+        finally:
+            self._accepted -= 1
+
+    def close(self) -> None:
+        self._pool.shutdown()

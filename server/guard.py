@@ -12,7 +12,7 @@ import logging
 import re
 import time
 import uuid
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -37,7 +37,11 @@ HEADERS = {
     "cross-origin-resource-policy": "same-origin",
     "cross-origin-opener-policy": "same-origin",
 }
+METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE")
 MAX_BUCKETS = 10_000
+SLASH = "\x1f"  # stands for a slash within one segment of a path; no id can hold it
+READS = re.compile(r"/v1/collections/[^/]+/search(/batch)?|/v1/embeddings")
+DROPS = re.compile(r"/v1/collections/[^/]+/?")
 
 
 class Guard:
@@ -53,6 +57,7 @@ class Guard:
             await self.app(scope, receive, send)
             return
         start = time.perf_counter()
+        scope["path"] = segments(scope)
         scope["request_id"] = uuid.uuid4().hex[:16]
         status = 500
         caller = "-"
@@ -71,7 +76,7 @@ class Guard:
             caller = self._admit(scope)
             await self.app(scope, _limited(receive, self.settings.max_body), sending)
         except Refused as refused:
-            answer = problem(refused.status, refused.detail, scope["request_id"], headers=refused.headers)
+            answer = problem(refused.status_code, refused.detail, scope["request_id"], headers=refused.headers)
             await answer(scope, receive, sending)
         finally:
             self._record(scope, status, caller, time.perf_counter() - start)
@@ -80,19 +85,23 @@ class Guard:
         """The caller's name. Raises Refused for a request that must not reach a route."""
         headers = Headers(scope=scope)
         length = headers.get("content-length", "0")
-        if not length.isdigit() or int(length) > self.settings.max_body:
+        if not (length.isascii() and length.isdigit() and len(length) < 20) or int(length) > self.settings.max_body:
             raise too_big(self.settings.max_body)
         body = headers.get("content-type", "").partition(";")[0].strip().lower()
         if (int(length) or "transfer-encoding" in headers) and body not in BODIES:
             raise Refused(415, f"content-type: expected one of {', '.join(BODIES)}")
         if not self.settings.api_keys:
             self._check_host(headers)
-            caller = "local"
-        elif OPEN.fullmatch(scope["path"]):
-            caller = "open"
-        else:
+            return "local"
+        if OPEN.fullmatch(scope["path"]):
+            return "open"
+        try:
             caller = self._check_key(headers, scope)
-        self._check_rate(caller)
+        except Refused as refused:
+            if refused.status_code == 401:  # guessing is slow
+                self._check_rate(f"no key from {(scope.get('client') or ('',))[0]}")
+            raise
+        self._check_rate(f"key {caller}")
         return caller
 
     def _check_host(self, headers: Headers) -> None:
@@ -134,14 +143,15 @@ class Guard:
 
     def _record(self, scope: Scope, status: int, caller: str, seconds: float) -> None:
         route = getattr(scope.get("route"), "path", "unmatched")
-        metrics.REQUESTS.labels(scope["method"], route, str(status)).inc()
+        method = scope["method"] if scope["method"] in METHODS else "other"
+        metrics.REQUESTS.labels(method, route, str(status)).inc()
         metrics.SECONDS.labels(route).observe(seconds)
         log.info(
             "request",
             extra={
                 "request_id": scope["request_id"],
                 "caller": caller,
-                "method": scope["method"],
+                "method": method,
                 "route": route,
                 "status": status,
                 "ms": round(seconds * 1000, 1),
@@ -150,12 +160,22 @@ class Guard:
 
 
 def role_for(method: str, path: str) -> Role:
-    """The role that a route needs: read to look, write to change documents, admin to drop a collection."""
-    if method in ("GET", "HEAD") or path.endswith(("/search", "/search/batch")) or path == "/v1/embeddings":
+    """The role that a route needs: read to look, write to change documents, admin to drop a collection.
+
+    >>> role_for("POST", "/v1/collections/films/search"), role_for("DELETE", "/v1/collections/films/documents/search")
+    ('read', 'write')
+    """
+    if method in ("GET", "HEAD") or (method == "POST" and READS.fullmatch(path)):
         return "read"
-    if method == "DELETE" and re.fullmatch(r"/v1/collections/[^/]+/?", path):
-        return "admin"
-    return "write"
+    return "admin" if method == "DELETE" and DROPS.fullmatch(path) else "write"
+
+
+def segments(scope: Scope) -> str:
+    """The path, decoded so that an encoded slash does not part it: ids may hold slashes."""
+    raw = scope.get("raw_path", b"").partition(b"?")[0]
+    if b"%2f" not in raw.lower():
+        return str(scope["path"])
+    return unquote(re.sub(b"%2f", b"%1f", raw, flags=re.IGNORECASE).decode("latin-1"))
 
 
 def too_big(limit: int) -> Refused:

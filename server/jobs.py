@@ -1,12 +1,13 @@
 """Long work of the server: each job is a file, and runs in a process of its own.
 
 A process keeps a rebuild from stalling searches, can be stopped at any moment, and is simply
-started again after a restart: rebuilds resume by themselves. ``python -m server.jobs ID`` is that
-process; the settings come to it through the environment.
+started again after a restart: rebuilds resume by themselves. ``python -m server.work ID`` is that
+process. Of several servers over one home, the one that holds the lock runs the jobs of all.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import os
@@ -16,32 +17,35 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import IO, Any, cast
 
-from retrieval.errors import NotFound, RetrievalError
-from server.settings import Settings, load
+from retrieval.errors import NotFound, TooLarge
+from server.settings import Settings
 
 log = logging.getLogger("lightbox.jobs")
 
 FINAL = ("done", "failed", "cancelled")
 KEPT = 200  # finished jobs
-WRITE_EVERY_S = 0.25
+MAX_WAITING = 100
+LOOK_EVERY_S = 0.1  # for a finished process, or somebody's wish to cancel
+REST_S = 2.0  # between looks for jobs that another server took in
 STOP_S = 10.0  # between a request to stop and an order
+WORK = (sys.executable, "-m", "server.work")
 
 State = dict[str, Any]
 
 
 class Jobs:
-    """The jobs of one home, run one after another."""
+    """The jobs of one home, run one after another. `work` is the command that does one, given its id."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, work: Sequence[str] = WORK) -> None:
         self.settings = settings
         self.folder = settings.home / "jobs"
-        self._wake = threading.Condition()
-        self._closing = False
-        self._current: tuple[str, subprocess.Popen[bytes]] | None = None
+        self.closing = threading.Event()
+        self._work = work
+        self._wake = threading.Event()
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
@@ -50,7 +54,9 @@ class Jobs:
         self._thread.start()
 
     def submit(self, kind: str, collection: str, spec: Mapping[str, Any]) -> State:
-        """A new job, queued."""
+        """A new job, queued. Raises TooLarge where too many wait."""
+        if sum(state["state"] not in FINAL for state in self.list()) >= MAX_WAITING:
+            raise TooLarge(f"jobs: {MAX_WAITING} are waiting already; cancel some, or try later")
         now = time.time()
         state: State = {
             "id": f"{int(now * 1000):013x}{uuid.uuid4().hex[:7]}",
@@ -69,78 +75,118 @@ class Jobs:
             "spec": dict(spec),
         }
         self.folder.mkdir(parents=True, exist_ok=True)
-        _write(self._path(state["id"]), state)
+        write(self._path(state["id"]), state)
         self._prune()
-        with self._wake:
-            self._wake.notify_all()
+        self._wake.set()
         return state
 
     def list(self) -> list[State]:
         """Newest first."""
         paths = sorted(self.folder.glob("*.json"), reverse=True) if self.folder.is_dir() else []
-        return [state for path in paths if (state := _read(path)) is not None]
+        return [state for path in paths if (state := read(path)) is not None]
 
     def find(self, id: str) -> State:
         """Raises NotFound."""
-        state = _read(self._path(id)) if id.isalnum() and len(id) <= 64 else None
+        state = read(self._path(id)) if id.isalnum() and id.isascii() and len(id) <= 64 else None
         if state is None:
             raise NotFound("job: there is none of that id", "id")
         return state
 
     def cancel(self, id: str) -> State:
-        """Stops a job that is not finished; what it published stays."""
+        """Asks a job to stop; what it published stays. A finished job stays as it is."""
         state = self.find(id)
-        if state["state"] in FINAL:
-            return state
-        with self._wake:
-            if self._current is not None and self._current[0] == id:
-                self._current[1].send_signal(signal.SIGINT)
-            else:
-                _write(self._path(id), state | {"state": "cancelled", "updated": time.time()})
-        return self.find(id)
+        if state["state"] not in FINAL:
+            self._wish(id).touch()  # whoever runs the jobs of this home sees it
+            self._wake.set()
+        return state
 
     def close(self) -> None:
-        """Stops the running job where it can be resumed, and waits for it."""
-        with self._wake:
-            self._closing = True
-            if self._current is not None:
-                self._current[1].kill()
-            self._wake.notify_all()
+        """Stops the running job where it can be resumed, and waits for that."""
+        self.closing.set()
+        self._wake.set()
         if self._thread is not None:
             self._thread.join(STOP_S)
 
+    # --- the thread that runs jobs ------------------------------------------------------------------
+
     def _run(self) -> None:
-        while not self._closing:
-            waiting = [state for state in reversed(self.list()) if state["state"] not in FINAL]
-            if waiting:
-                self._run_one(waiting[0]["id"])
-                continue
-            with self._wake:
-                if not self._closing:
-                    self._wake.wait(timeout=5.0)
+        held = None
+        while not self.closing.is_set():
+            held = held or self._lock()
+            try:
+                if held is None or not self._run_next():
+                    self._wake.wait(REST_S)
+                    self._wake.clear()
+            except Exception:
+                log.exception("jobs cannot be run")
+                self.closing.wait(REST_S)
+        if held is not None:
+            held.close()
+
+    def _lock(self) -> IO[bytes] | None:
+        """The right to run the jobs of this home; it ends with this process, however that ends."""
+        if not self.folder.is_dir():
+            return None
+        handle = (self.folder / "lock").open("ab")
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            handle.close()
+            return None
+        return handle
+
+    def _run_next(self) -> bool:
+        """Runs the oldest waiting job to its end; false where none waits."""
+        self._drop_unwanted()
+        waiting = [state["id"] for state in self.list() if state["state"] not in FINAL]
+        if waiting:
+            self._run_one(waiting[-1])
+        return bool(waiting)
+
+    def _drop_unwanted(self, running: str | None = None) -> None:
+        for wish in self.folder.glob("*.cancel"):
+            state = read(self._path(wish.stem))
+            if wish.stem != running:
+                if state is not None and state["state"] not in FINAL:
+                    self._end(state, "cancelled")
+                wish.unlink(missing_ok=True)
 
     def _run_one(self, id: str) -> None:
-        environment = os.environ | {"LIGHTBOX_HOME": str(self.settings.home.resolve())}
-        with self._wake:
-            if self._closing:
+        process = subprocess.Popen(
+            [*self._work, id],
+            env=os.environ | {"LIGHTBOX_HOME": str(self.settings.home.resolve())},
+            stdin=subprocess.PIPE,  # closes when this process ends, however it ends, and the work ends with it
+            stdout=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C in a terminal is for the server
+        )
+        cancelled_at = None
+        while process.poll() is None:
+            if self.closing.is_set():
+                process.kill()  # it goes on after the restart
+                process.wait()
                 return
-            process = subprocess.Popen(
-                [sys.executable, "-m", "server.jobs", id],
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-            )
-            self._current = (id, process)
-        code = process.wait()
-        with self._wake:
-            self._current = None
-            if self._closing:
-                return  # it goes on after the restart
-        state = _read(self._path(id))
-        if state is not None and state["state"] not in FINAL:
-            failed = {"state": "failed", "errors": [*state["errors"], f"the job's process ended with status {code}"]}
-            _write(self._path(id), state | failed | {"updated": time.time()})
+            if cancelled_at is None and self._wish(id).exists():
+                cancelled_at = time.monotonic()
+                process.send_signal(signal.SIGINT)
+            if cancelled_at is not None and time.monotonic() - cancelled_at > STOP_S:
+                process.kill()
+            self._drop_unwanted(running=id)
+            self._wake.wait(LOOK_EVERY_S)
+            self._wake.clear()
+        if process.stdin is not None:
+            process.stdin.close()
+        self._settle(id, cancelled_at is not None, process.returncode)
+
+    def _settle(self, id: str, cancelled: bool, code: int) -> None:
+        """The outcome of a process that did not write one itself."""
+        self._wish(id).unlink(missing_ok=True)
+        state = self.find(id)
+        if state["state"] not in FINAL:
+            errors = [] if cancelled else [f"the job's process ended with status {code}"]
+            self._end(state, "cancelled" if cancelled else "failed", errors)
+
+    def _end(self, state: State, outcome: str, errors: Sequence[str] = ()) -> None:
+        write(self._path(state["id"]), ended(state, outcome) | {"errors": [*state["errors"], *errors]})
 
     def _prune(self) -> None:
         finished = [state for state in self.list() if state["state"] in FINAL]
@@ -150,108 +196,25 @@ class Jobs:
     def _path(self, id: str) -> Path:
         return self.folder / f"{id}.json"
 
-
-class _Report:
-    """A Progress that writes the job's file, a few times a second."""
-
-    def __init__(self, path: Path, state: State) -> None:
-        self.path = path
-        self.state = state
-        self._written = 0.0
-        self._phase_start = (time.monotonic(), 0)
-
-    def __call__(self, phase: str, done: int, total: int | None) -> None:
-        now = time.monotonic()
-        if phase != self.state["phase"]:
-            self._phase_start = (now, done)
-        start, first = self._phase_start
-        rate = (done - first) / (now - start) if now - start > 0.5 and done > first else None
-        left = (total - done) / rate if rate and total is not None else None
-        self.state |= {"phase": phase, "done": done, "total": total, "rate": rate, "seconds_left": left}
-        if now - self._written > WRITE_EVERY_S:
-            self._written = now
-            self.write(state="running")
-
-    def write(self, **changes: Any) -> None:
-        self.state |= changes | {"updated": time.time()}
-        _write(self.path, self.state)
+    def _wish(self, id: str) -> Path:
+        return self.folder / f"{id}.cancel"
 
 
-def run(id: str, settings: Settings) -> None:
-    """Does one job in this process and leaves its outcome in its file."""
-    path = settings.home / "jobs" / f"{id}.json"
-    state = _read(path)
-    if state is None:
-        raise NotFound("job: there is none of that id")
-    report = _Report(path, state)
-    report.write(state="running", phase="starting")
-    try:
-        result = _WORK[state["kind"]](state, settings, report)
-    except KeyboardInterrupt:
-        report.write(state="cancelled")
-    except RetrievalError as error:
-        report.write(state="failed", errors=[str(error)])
-    except Exception:
-        log.exception("job %s failed", id)
-        report.write(state="failed", errors=["an error of ours; see the server's log"])
-    else:
-        report.write(state="done", result=result, seconds_left=0.0)
+def ended(state: State, outcome: str) -> State:
+    """A job that is over: what it was asked may hold report text, and is kept no longer."""
+    return state | {"state": outcome, "spec": {}, "seconds_left": None, "updated": time.time()}
 
 
-def _rebuild(state: State, settings: Settings, report: _Report) -> dict[str, Any]:
-    from server.home import Home
-
-    home = Home(settings)
-    summary = home.rebuild(state["collection"], vector_index=state["spec"].get("vector_index"), progress=report)
-    return {"generation": summary.generation, "documents": summary.documents}
-
-
-def _evaluation(state: State, settings: Settings, report: _Report) -> dict[str, Any]:
-    from server.home import Home
-    from server.judging import measure
-
-    spec = state["spec"]
-    engine = Home(settings).engine(state["collection"])
-    judged = _judgments(spec, settings)
-    return measure(engine, judged, spec["retrievers"], spec["measures"], progress=report).json()
-
-
-def _judgments(spec: Mapping[str, Any], settings: Settings) -> Any:
-    from retrieval.types import Part, Query
-    from server.judging import Judgments, judgments
-
-    if spec.get("source") is not None:
-        return judgments(source_below(settings, spec["source"]), spec["split"])
-    queries = [Query(id=q["_id"], parts=(Part(text=q["text"], kind=q["kind"]),)) for q in spec["queries"]]
-    return Judgments("request", "request", [q for q in queries if q.id in spec["qrels"]], spec["qrels"])
-
-
-def source_below(settings: Settings, name: str) -> Path:
-    """A source of the configured folder. Raises NotFound for any other place."""
-    if settings.sources is None:
-        raise NotFound("source: this server has no folder of sources; set LIGHTBOX_SOURCES", "source")
-    root = settings.sources.resolve()
-    plain = name and not name.startswith(("/", ".")) and ".." not in Path(name).parts and "\0" not in name
-    if not plain or not (root / name).is_dir():
-        raise NotFound("source: there is none of that name below the configured folder", "source")
-    return root / name
-
-
-_WORK = {"rebuild": _rebuild, "evaluation": _evaluation}
-
-
-def _read(path: Path) -> State | None:
+def read(path: Path) -> State | None:
+    """A job's state, None where there is none that can be read."""
     try:
         return cast(State, json.loads(path.read_text()))
     except (OSError, ValueError):
         return None
 
 
-def _write(path: Path, state: State) -> None:
-    fresh = path.with_suffix(".new")
+def write(path: Path, state: State) -> None:
+    """All or nothing, so that a reader never sees half a state."""
+    fresh = path.with_name(f".{path.stem}.{os.getpid()}.new")
     fresh.write_text(json.dumps(state))
     fresh.replace(path)
-
-
-if __name__ == "__main__":
-    run(sys.argv[1], load())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel, TypeAdapter
 
 from server import schemas
@@ -17,6 +18,7 @@ PROBLEMS: dict[int | str, dict[str, Any]] = {
         401: "no valid key",
         403: "the key's role, the host or the origin does not allow it",
         404: "no such thing",
+        405: "not a method of this route",
         409: "does not fit what the collection was built with",
         410: "the cursor's snapshot is no longer kept",
         413: "over a limit",
@@ -65,12 +67,18 @@ def body_of(model: Any, multipart: str | None = None, ndjson: type[BaseModel] | 
 def document(app: FastAPI) -> dict[str, Any]:
     """Made once: the routes, and the schemas of the bodies that they read by themselves."""
     if app.openapi_schema is None:
-        made = get_openapi(title=app.title, version=app.version, routes=app.routes)
-        known = made.setdefault("components", {}).setdefault("schemas", {})
+        made = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
+        parts = made.setdefault("components", {})
+        known = parts.setdefault("schemas", {})
         for model in (schemas.Search, schemas.DocumentIn, schemas.Problem, schemas.Answer):
             own = model.model_json_schema(ref_template=_REF, mode="validation")
             for name, part in own.pop("$defs", {}).items():
                 known.setdefault(name, part)
             known[model.__name__] = own
+        parts["securitySchemes"] = {
+            "bearer": {"type": "http", "scheme": "bearer"},
+            "key": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
+        }
+        made["security"] = [{}, {"bearer": []}, {"key": []}]  # none where the server has no keys
         app.openapi_schema = made
     return app.openapi_schema

@@ -22,6 +22,7 @@ from retrieval.errors import (
     RetrievalError,
     TooLarge,
 )
+from server.home import NotWritable
 
 log = logging.getLogger("lightbox")
 
@@ -31,19 +32,17 @@ STATUS: Mapping[type[RetrievalError], int] = {
     Gone: 410,
     TooLarge: 413,
     NotAnImage: 415,
+    NotWritable: 503,
     InputError: 422,
     BackendError: 503,
 }
 
 
-class Refused(Exception):
+class Refused(HTTPException):
     """A request that is turned away before it reaches the engine."""
 
     def __init__(self, status: int, detail: str, headers: Mapping[str, str] | None = None) -> None:
-        super().__init__(detail)
-        self.status = status
-        self.detail = detail
-        self.headers = dict(headers or {})
+        super().__init__(status, detail, dict(headers or {}))
 
 
 def problem(
@@ -66,50 +65,51 @@ def status_of(error: RetrievalError) -> int:
     return next(STATUS[kind] for kind in type(error).__mro__ if kind in STATUS)
 
 
+def of(error: Exception, request_id: str) -> JSONResponse:
+    """The problem that an error is. What is no error of anybody's in particular is ours: 500."""
+    if isinstance(error, RetrievalError):
+        status = status_of(error)
+        if status == HTTPStatus.SERVICE_UNAVAILABLE:  # what the machine says may name its folders
+            log.error("backend error", exc_info=error, extra={"request_id": request_id})
+            detail = "the collection cannot be served at the moment; see the server's log"
+            return problem(status, detail, request_id, headers={"Retry-After": "5"})
+        return problem(status, str(error), request_id, getattr(error, "field", None))
+    if isinstance(error, RequestValidationError):
+        status, detail, field = first_fault(error.errors())
+        return problem(status, detail, request_id, field)
+    if isinstance(error, HTTPException):
+        return problem(error.status_code, str(error.detail), request_id, headers=error.headers)
+    log.error("unforeseen error", exc_info=error, extra={"request_id": request_id})
+    return problem(500, "an error of ours; see the server's log", request_id)
+
+
 def install(app: FastAPI) -> None:
     """Every error of every route ends here."""
 
-    @app.exception_handler(RetrievalError)
-    async def ours(request: Request, error: RetrievalError) -> JSONResponse:
-        status = status_of(error)
-        if status == HTTPStatus.SERVICE_UNAVAILABLE:  # what the machine says may name its folders
-            log.error("backend error", exc_info=error, extra={"request_id": request_id(request)})
-            return problem(status, "the collection cannot be served at the moment; see the server's log",
-                           request_id(request), headers={"Retry-After": "5"})  # fmt: skip
-        return problem(status, str(error), request_id(request), getattr(error, "field", None))
+    async def handle(request: Request, error: Exception) -> JSONResponse:
+        return of(error, str(request.scope.get("request_id", "")))
 
-    @app.exception_handler(Refused)
-    async def refused(request: Request, error: Refused) -> JSONResponse:
-        return problem(error.status, error.detail, request_id(request), headers=error.headers)
-
-    @app.exception_handler(RequestValidationError)
-    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        status, detail, field = first_fault(error.errors())
-        return problem(status, detail, request_id(request), field)
-
-    @app.exception_handler(HTTPException)
-    async def plain(request: Request, error: HTTPException) -> JSONResponse:
-        return problem(error.status_code, str(error.detail), request_id(request), headers=error.headers)
-
-    @app.exception_handler(Exception)
-    async def unforeseen(request: Request, error: Exception) -> JSONResponse:
-        log.error("unforeseen error", exc_info=error, extra={"request_id": request_id(request)})
-        return problem(500, "an error of ours; see the server's log", request_id(request))
+    for kind in (RetrievalError, RequestValidationError, HTTPException, Exception):
+        app.add_exception_handler(kind, handle)
 
 
 def first_fault(errors: Any) -> tuple[int, str, str | None]:
-    """Status, words and field of the first thing that a schema holds against a body; what was sent stays out."""
+    """Status, words and field of the first thing that a schema holds against a request; what was sent stays out."""
     first = errors[0]
     if first["type"] == "json_invalid":
         return 400, "the body is not JSON", None
-    path = field_path(first["loc"])
+    path = field_path(first["loc"][1:])  # the first step says where: body, query, path
     return 422, f"{path or 'body'}: {first['msg']}", path or None
 
 
-def field_path(loc: Any) -> str:
-    """("body", "query", 0, "text") -> "query[0].text"."""
+def field_path(steps: Any) -> str:
+    """A path into what was sent, as one string.
+
+    >>> field_path(("query", 0, "text"))
+    'query[0].text'
+    """
     out = ""
-    for step in loc[1:] if loc and loc[0] in ("body", "query", "path", "header") else loc:
+    for step in steps:
         out += f"[{step}]" if isinstance(step, int) else f".{step}" if out else str(step)
     return out
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from retrieval.errors import Invalid
 from retrieval.request import Request, RequestPart
+from server.pictures import is_url
 
 MAX_TEXT = 100_000  # characters of one text or report
 MAX_PARTS = 32
@@ -23,21 +24,26 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
+Fetching = Callable[[str, str], bytes]  # a URL and the field that held it, to the picture behind it
+
+
 class QueryPart(Strict):
     """One part of a query: exactly one of text, report, image, id and vector."""
 
     text: Annotated[str, Field(max_length=MAX_TEXT)] | None = None
-    report: Annotated[str, Field(max_length=MAX_TEXT)] | None = None
-    image: str | None = Field(None, description="base64, or in multipart the name of a file field")
-    id: Annotated[str, Field(max_length=512)] | None = None
-    vector: Annotated[list[float], Field(max_length=MAX_VECTOR)] | None = None
-    weight: float = Field(1.0, allow_inf_nan=False, ge=-1000, le=1000)
+    report: Annotated[str, Field(max_length=MAX_TEXT)] | None = Field(None, description="a text treated as a document")
+    image: str | None = Field(
+        None, description="base64; in multipart the name of a file field; a URL where the server allows its host"
+    )
+    id: Annotated[str, Field(max_length=512)] | None = Field(None, description="a stored document")
+    vector: Annotated[list[float], Field(min_length=1, max_length=MAX_VECTOR)] | None = None
+    weight: float = Field(1.0, allow_inf_nan=False, ge=-1000, le=1000, description="negative: away from it")
 
-    def part(self, position: int, files: Mapping[str, bytes]) -> RequestPart:
+    def part(self, position: int, files: Mapping[str, bytes], fetch: Fetching) -> RequestPart:
         """`files`: the multipart file fields that an image may name."""
-        image = (
-            None if self.image is None else files.get(self.image) or decoded(self.image, f"query[{position}].image")
-        )
+        image = None
+        if self.image is not None:
+            image = files.get(self.image) or read_image(self.image, f"query[{position}].image", fetch)
         return RequestPart(
             text=self.text, report=self.report, image=image, id=self.id, vector=self.vector, weight=self.weight
         )
@@ -79,10 +85,10 @@ class Search(Strict):
     highlight: bool = True
     fields: list[Literal["title", "text", "metadata"]] = ["title", "text", "metadata"]
 
-    def request(self, files: Mapping[str, bytes] | None = None) -> Request:
+    def request(self, files: Mapping[str, bytes], fetch: Fetching) -> Request:
         """The engine's words for it."""
         return Request(
-            query=[part.part(i, files or {}) for i, part in enumerate(self.query)],
+            query=[part.part(i, files, fetch) for i, part in enumerate(self.query)],
             retriever=self.retriever,
             k=self.k,
             cursor=self.cursor,
@@ -170,11 +176,19 @@ class Problem(BaseModel):
 
 
 class ImageUpload(Strict):
-    base64: str
+    """A picture that travels with its document. A path is refused."""
+
+    base64: str = Field(description="base64; a URL where the server allows its host")
 
 
 class DocumentIn(Strict):
-    """A document to add. A path is refused: pictures travel with it."""
+    """A document to add; it replaces the one that has its id."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [{"_id": "CXR12", "text": "No effusion. The heart is enlarged.", "metadata": {"year": 2011}}]
+        }
+    )
 
     id: Annotated[str, Field(alias="_id", min_length=1, max_length=512)]
     title: Annotated[str, Field(max_length=MAX_TEXT)] = ""
@@ -183,12 +197,23 @@ class DocumentIn(Strict):
     metadata: dict[str, JsonValue] = {}
 
 
+class DocumentOut(BaseModel):
+    """A stored document."""
+
+    id: str
+    title: str
+    text: str
+    metadata: dict[str, Any]
+    image_url: str | None
+    findings: list[Mention]
+
+
 class ItemStatus(BaseModel):
     """What became of one document of a batch."""
 
     id: str | None
     line: int
-    status: Literal["added", "rejected"]
+    status: Literal["added", "replaced", "rejected"] = Field(description="replaced: by a later line of the same id")
     reason: str | None = None
 
 
@@ -233,16 +258,22 @@ class EvaluationIn(Strict):
     source: Annotated[str, Field(max_length=256)] | None = None
     split: Annotated[str, Field(max_length=64)] = "test"
     queries: Annotated[list[EvaluationQuery], Field(max_length=100_000)] | None = None
-    qrels: dict[str, dict[str, int]] | None = None
+    qrels: dict[str, dict[str, Annotated[int, Field(ge=0, le=1000)]]] | None = None
     retrievers: Annotated[list[str], Field(min_length=1, max_length=16)] = ["hybrid"]
     measures: Annotated[list[str], Field(min_length=1, max_length=16)] = ["nDCG@10", "R@100", "RR@10"]
+
+
+class IngestionIn(Strict):
+    """Documents of a source below the configured folder."""
+
+    source: Annotated[str, Field(max_length=256)]
 
 
 class Job(BaseModel):
     """Long work, and how far it is."""
 
     id: str
-    kind: Literal["rebuild", "evaluation"]
+    kind: Literal["rebuild", "ingestion", "evaluation"]
     collection: str
     state: Literal["queued", "running", "done", "failed", "cancelled"]
     phase: str
@@ -252,21 +283,71 @@ class Job(BaseModel):
     seconds_left: float | None
     errors: list[str]
     result: dict[str, Any] | None
-    created: float
+    created: float = Field(description="seconds since 1970")
     updated: float
+
+
+class JobList(BaseModel):
+    jobs: list[Job]
+
+
+class Health(BaseModel):
+    status: Literal["alive", "ready"]
+
+
+class CollectionShort(BaseModel):
+    collection: str
+    documents: int
+    generation: int
+
+
+class CollectionList(BaseModel):
+    collections: list[CollectionShort]
+
+
+class CollectionInfo(CollectionShort):
+    """What a collection holds and what it was made with."""
+
+    sequence: int = Field(description="publish number within the generation")
+    config: dict[str, Any]
+    spaces: dict[str, dict[str, Any]] = Field(description="space -> dimension and encoder digests")
+    index: dict[str, Any] = Field(description="kinds, bytes per vector, measured recall, state of each derived part")
+    weights: dict[str, dict[str, float]] = Field(description="kind of query -> leg -> weight")
+    tuned: list[str]
+    calibrated: list[str]
+    retrievers: list[str]
+    facets: list[str]
 
 
 class EmbeddingsIn(Strict):
     """The OpenAI embedding shape."""
 
-    model: Annotated[str, Field(max_length=256)] = "default"
-    input: str | Annotated[list[Annotated[str, Field(max_length=MAX_TEXT)]], Field(min_length=1, max_length=2048)]
+    model: Annotated[str, Field(max_length=256)] = Field("default", description='"default", or a collection')
+    input: (
+        Annotated[str, Field(max_length=MAX_TEXT)]
+        | Annotated[list[Annotated[str, Field(max_length=MAX_TEXT)]], Field(min_length=1, max_length=2048)]
+    )
     encoding_format: Literal["float", "base64"] = "float"
     user: str | None = None
 
 
-def decoded(text: str, field: str) -> bytes:
-    """base64 to bytes, with or without a data: prefix. Raises Invalid that names the field."""
+class Embedding(BaseModel):
+    object: Literal["embedding"] = "embedding"
+    index: int
+    embedding: list[float] | str
+
+
+class Embeddings(BaseModel):
+    object: Literal["list"] = "list"
+    model: str
+    data: list[Embedding]
+    usage: dict[str, int]
+
+
+def read_image(text: str, field: str, fetch: Fetching) -> bytes:
+    """A picture in a JSON text: base64, also behind a data: prefix, or a URL. Raises Invalid that names the field."""
+    if is_url(text):
+        return fetch(text, field)
     _, _, body = text.rpartition("base64,") if text.startswith("data:") else ("", "", text)
     try:
         return base64.b64decode(body, validate=True)

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from fastapi import FastAPI
 from numpy.typing import NDArray
 
 from retrieval.errors import NotAnImage
 from retrieval.types import Encoder, FindingsScore, ImageSource, Linker, Part, Picture, Postings, Scorer
+from server.app import create_app
 from server.assemble import NONE, Config, Models
 from server.home import Home
+from server.jobs import Jobs
 from server.settings import Settings
 from tests.fakes import HashingEncoder, OverlapScorer, WordLinker
 
@@ -77,6 +81,11 @@ def read_picture(source: ImageSource) -> Picture:
 def small_home(folder: Path) -> Home:
     settings = Settings(home=folder)
     return Home(settings, FakeModels(settings))
+
+
+def small_app(settings: Settings, home: Home) -> FastAPI:
+    """The service over a small home; the processes of its jobs work over the fakes as well."""
+    return create_app(settings, home, Jobs(settings, (sys.executable, "-m", "tests.small_work")))
 
 
 def write_source(folder: Path, corpus: Sequence[Mapping[str, Any]] = CORPUS) -> Path:
