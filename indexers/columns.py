@@ -17,7 +17,7 @@ from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,12 +36,13 @@ _ODD = "odd"  # NaN: there, but equal to nothing and in no order
 class Column:
     """The values of one kind at one path: `values[i]` is held by `rows[starts[i]:starts[i + 1]]`, ascending."""
 
-    __slots__ = ("_forward", "_values", "rows", "starts")
+    __slots__ = ("_forward", "_single", "_values", "rows", "starts")
 
     def __init__(self, values: list[Any] | bytes, starts: NDArray[np.int64], rows: Rows) -> None:
         self._values = values
         self.starts = starts
         self.rows = rows
+        self._single: bool | None = None
         self._forward: tuple[Rows, NDArray[np.int64]] | None = None
 
     @property
@@ -54,19 +55,26 @@ class Column:
         """Rows of values number `low` to `high` - 1."""
         return self.rows[self.starts[low] : self.starts[high]]
 
-    def compared(self, op: str, value: Any) -> Rows:
-        """Rows with a value that is `op` (eq, gt, gte, lt, lte) than `value`."""
+    def bounds(self, op: str, value: Any) -> tuple[int, int]:
+        """Which values are `op` (eq, gt, gte, lt, lte) than `value`: from the first number to before the second."""
         match op:
             case "eq":
-                return self.between(bisect_left(self.values, value), bisect_right(self.values, value))
+                return bisect_left(self.values, value), bisect_right(self.values, value)
             case "gt":
-                return self.between(bisect_right(self.values, value), len(self.values))
+                return bisect_right(self.values, value), len(self.values)
             case "gte":
-                return self.between(bisect_left(self.values, value), len(self.values))
+                return bisect_left(self.values, value), len(self.values)
             case "lt":
-                return self.between(0, bisect_left(self.values, value))
+                return 0, bisect_left(self.values, value)
             case _:
-                return self.between(0, bisect_right(self.values, value))
+                return 0, bisect_right(self.values, value)
+
+    @property
+    def single(self) -> bool:
+        """No row has two values."""
+        if self._single is None:
+            self._single = not len(self.rows) or int(np.bincount(self.rows).max()) == 1
+        return self._single
 
     def at(self, rows: NDArray[np.int64]) -> list[list[Any]]:
         """The values of each of `rows`, ascending."""
@@ -91,7 +99,7 @@ class Segment:
     def select(self, filter: Filter) -> Mask:
         match filter:
             case And(children):
-                return _joined(np.logical_and, [self.select(child) for child in children], np.ones(self.size, bool))
+                return _joined(np.logical_and, self._conjuncts(children), np.ones(self.size, bool))
             case Or(children):
                 return _joined(np.logical_or, [self.select(child) for child in children], np.zeros(self.size, bool))
             case Not(child):
@@ -102,6 +110,32 @@ class Segment:
             mask.flags.writeable = False
             self._keep(filter, mask)
         return mask
+
+    def _conjuncts(self, children: Sequence[Filter]) -> Iterator[Mask]:
+        """Masks whose intersection is asked for; both ends of a range are one slice of rows, not two wide masks."""
+        ends: dict[Column, list[Compare]] = {}
+        for child in children:
+            column = self._ordered(child)
+            if column is None:
+                yield self.select(child)
+            else:
+                ends.setdefault(column, []).append(cast(Compare, child))
+        for column, several in ends.items():
+            if len(several) == 1:
+                yield self.select(several[0])
+                continue
+            bounds = [column.bounds(child.op, child.value) for child in several]
+            low, high = max(low for low, _ in bounds), min(high for _, high in bounds)
+            mask = np.zeros(self.size, np.bool_)
+            mask[column.between(low, max(low, high))] = True
+            yield mask
+
+    def _ordered(self, filter: Filter) -> Column | None:
+        """The column that a comparison slices, where no row has two values."""
+        if not isinstance(filter, Compare) or filter.value is None or filter.value != filter.value:
+            return None
+        column = self.columns.get(filter.path, {}).get(kind(filter.value))
+        return column if column is not None and column.single else None
 
     def _keep(self, filter: Filter, mask: Mask) -> None:
         with self._lock:
@@ -125,7 +159,7 @@ class Segment:
                 if op == "eq":
                     np.logical_or(mask, ~self._present(columns), out=mask)
             elif value == value and (column := columns.get(kind(value))) is not None:
-                mask[column.compared(op, value)] = True
+                mask[column.between(*column.bounds(op, value))] = True
         return mask
 
     def _present(self, columns: Mapping[str, Column]) -> Mask:
@@ -313,7 +347,7 @@ def _concatenated(parts: Sequence[tuple[Column, int]]) -> Column:
     return _column(list(codes), np.concatenate(numbers), np.concatenate(rows))
 
 
-def _joined(combine: np.ufunc, masks: Sequence[Mask], start: Mask) -> Mask:
+def _joined(combine: np.ufunc, masks: Iterable[Mask], start: Mask) -> Mask:
     for mask in masks:
         combine(start, mask, out=start)
     return start

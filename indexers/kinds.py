@@ -139,7 +139,7 @@ Kind = Graph | Lists
 _GRAPHS = {
     "hnsw": Graph(lambda dim: faiss.IndexHNSWFlat(dim, LINKS, _IP), 0),
     "hnsw-sq8": Graph(_scalar(untyped_faiss.ScalarQuantizer.QT_8bit), 2),
-    "hnsw-sq4": Graph(_scalar(untyped_faiss.ScalarQuantizer.QT_4bit), 2),
+    "hnsw-sq4": Graph(_scalar(untyped_faiss.ScalarQuantizer.QT_4bit), 4),
     # It knows L2 only, which orders unit vectors as the inner product does.
     "hnsw-bin": Graph(lambda dim: faiss.IndexHNSWRaBitQ(dim, LINKS), 16),
 }

@@ -277,16 +277,18 @@ def merge(sides: Sequence[tuple[Found, NDArray[np.integer[Any]]]], ids: Sequence
 def _hits(
     sides: Sequence[tuple[Found, NDArray[np.integer[Any]]]], query: int, ids: Sequence[str], k: int
 ) -> list[Hit]:
-    scores = np.concatenate([found.scores[query] for found, _ in sides])
-    rows = np.concatenate([_rows_of(found.numbers[query], rows) for found, rows in sides])
-    known = rows >= 0
-    scores, rows = scores[known], rows[known]
-    order = np.argsort(-scores, kind="stable")
-    if len(sides) > 1 and len(order):  # a document's first appearance is its best vector
+    if len(sides) == 1:  # best first already
+        [(found, row_of)] = sides
+        scores, rows = found.scores[query], _rows_of(found.numbers[query], row_of)
+    else:
+        scores = np.concatenate([found.scores[query] for found, _ in sides])
+        rows = np.concatenate([_rows_of(found.numbers[query], row_of) for found, row_of in sides])
+        order = np.argsort(-scores, kind="stable")
+        # A document's first appearance is its best vector.
         order = order[np.sort(np.unique(rows[order], return_index=True)[1])]
-    values = scores[order].tolist()
-    names = [ids[row] for row in rows[order].tolist()]
-    return list(map(Hit, *_tied_by_id(names, values, k)))
+        scores, rows = scores[order], rows[order]
+    names = [ids[row] for row in rows.tolist() if row >= 0]  # padding comes last
+    return list(map(Hit, *_tied_by_id(names, scores[: len(names)].tolist(), k)))
 
 
 def _rows_of(numbers: Numbers, rows: NDArray[np.integer[Any]]) -> Numbers:

@@ -27,7 +27,9 @@ texts = st.sampled_from(["", "a", "b", "ab", "é", "1", "true", "\U0001f600", "\
 scalars = st.one_of(st.none(), st.booleans(), numbers, texts)
 values = st.recursive(
     st.one_of(scalars, st.just(math.nan)),
-    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.sampled_from(ODD_KEYS), inner, max_size=3)),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3), st.dictionaries(st.sampled_from(ODD_KEYS), inner, max_size=3)
+    ),
     max_leaves=6,
 )
 metas = st.dictionaries(st.sampled_from(ODD_KEYS), values, max_size=3)
@@ -103,6 +105,14 @@ def test_whole_numbers_beyond_a_float_are_told_apart() -> None:
     assert columns.select(Compare("a", "gt", 2**53)).tolist() == [False, True]
 
 
+def test_both_ends_of_a_range_over_lists_may_be_met_by_two_values() -> None:
+    documents: list[dict[str, Any]] = [{"n": [1, 9]}, {"n": 5}, {"n": 1}, {"n": "5"}]
+    between = where({"n": {"$gt": 2, "$lt": 8}})
+    assert Columns.build(documents).select(between).tolist() == [True, True, False, False]
+    assert Columns.build(documents[1:]).select(between).tolist() == [True, False, False]
+    assert not Columns.build(documents[1:]).select(where({"n": {"$gt": 8, "$lt": 2}})).any()
+
+
 def test_values_are_none_one_value_or_an_ascending_list() -> None:
     columns = Columns.build([{"v": "pa"}, {"v": ["b", "a", "b"]}, {}, {"v": []}, {"v": ["pa"]}, {"v": None}])
     assert columns.values("v", [1, 0, 2, 3, 4, 5, 1]) == [["a", "b"], "pa", None, None, "pa", None, ["a", "b"]]
@@ -113,7 +123,7 @@ def test_values_are_none_one_value_or_an_ascending_list() -> None:
 def test_a_selection_cannot_be_written_into() -> None:
     columns = Columns.build([{"a": 1}])
     for filter in (where({"a": 1}), where({"$not": {"a": 1}}), where({"$and": [{"a": 1}, {"b": None}]})):
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match="read-only"):
             columns.select(filter)[0] = False
     assert columns.select(where({"a": 1})).tolist() == [True]
 
