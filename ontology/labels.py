@@ -178,12 +178,21 @@ def label_documents(documents: Iterable[Document], linker: Linker, labels: Label
     ancestors = ancestry(linker)
     remaining = iter(documents)
     while batch := list(islice(remaining, BATCH)):
-        for document, findings in zip(batch, linker.link([document.text for document in batch]), strict=True):
+        for document, linked in zip(batch, linker.link([document.text for document in batch]), strict=True):
+            findings = said_once(linked)
             yield {
                 "_id": document.id,
                 "findings": [_row(finding, linker) for finding in findings],
                 "labels": label_findings(document.text, findings, labels, ancestors),
             }
+
+
+def said_once(findings: Iterable[Finding]) -> list[Finding]:
+    """Each mention with its first assertion: an index is told twice of a doubt that leans to presence, a reader once."""
+    once: dict[tuple[str, tuple[int, int]], Finding] = {}
+    for finding in findings:
+        once.setdefault((finding.concept, finding.span), finding)
+    return list(once.values())
 
 
 def _row(finding: Finding, linker: Linker) -> dict[str, Any]:
