@@ -75,7 +75,9 @@ def read_facets(folder: Path, vocabulary: Vocabulary) -> Facets:
     definitions = [(concept, frozenset(facets.split("+"))) for concept, facets in _pairs(folder / "definitions.tsv")]
     for concept, facets in definitions:
         if not facets <= known:
-            raise Invalid(f"definitions.tsv: '{concept}' names the facets {sorted(facets - known)}, which are not there")
+            raise Invalid(
+                f"definitions.tsv: '{concept}' names the facets {sorted(facets - known)}, which are not there"
+            )
     return Facets(words, definitions)
 
 

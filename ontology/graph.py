@@ -16,12 +16,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ontology.sources import Synonym, Term, read
+from ontology.sources import Synonym, Term, read, readable
 from retrieval.errors import Invalid, NotFound
 
 
 class Concept(NamedTuple):
-    """A node. `synonyms` are all its names, the preferred ones with scope NAME; `parents` are ids of nodes (is-a); `wholes` those it is part of; `aliases` its terms in all sources."""
+    """A node.
+
+    `synonyms` are all its names, the preferred ones with scope NAME; `parents` are ids of nodes (is-a), `wholes` of
+    those that it is part of; `aliases` are the ids of its terms in all sources.
+    """
 
     id: str
     name: str
@@ -103,13 +107,16 @@ def merged(sources: Sequence[Sequence[Term]], denials: Mapping[str, str] | None 
 
 
 def load(folder_or_file: Path) -> Ontology:
-    """A single file or RRF folder, or a folder whose `sources.json` lists its files in order of trust.
+    """A file or a folder: UMLS tables, or ontologies in the order of trust that `sources.json` gives, else by name.
 
     An entry is {"files": [...]} with, if wanted, "root" (only what is below it), "types" (for terms without any).
     """
     manifest = folder_or_file / "sources.json"
     if not manifest.is_file():
-        return merged([read(folder_or_file)])
+        found = readable(folder_or_file) if folder_or_file.is_dir() else [folder_or_file]
+        if not found:
+            raise NotFound(f"ontology: got the folder '{folder_or_file.name}' without .obo, .json, .jsonl, .tsv or .RRF")
+        return merged([read(path) for path in found])
     try:
         listed = json.loads(manifest.read_text())
         sources = [_source(folder_or_file, entry) for entry in listed["sources"]]
@@ -137,12 +144,11 @@ def _source(folder: Path, entry: Mapping[str, Any]) -> list[Term]:
 
 
 def _same_id(parts: Sequence[Sequence[Term]]) -> list[Term]:
-    """Files of one source complete each other: later ones add synonyms and whatever a term lacks.
-
-    HPO's table of lay synonyms has a line for each, so equal ids inside a file are no fault there.
-    """
+    """Files of one source complete each other: later ones add synonyms and whatever a term lacks."""
     if len(parts) == 1:
         return list(parts[0])
+    for part in parts:
+        _refuse_twins(part)
     terms: dict[str, Term] = {}
     for term in (term for part in parts for term in part):
         old = terms.get(term.id)
@@ -189,21 +195,26 @@ def _denials(path: Path) -> dict[str, str]:
     for number, pair in enumerate(pairs, 2):
         if len(pair) != 2:
             raise Invalid(f"{path.name}:{number}: expected a phrase, a tab and a concept")
-    return {phrase: concept for phrase, concept in pairs}
+    return {pair[0]: pair[1] for pair in pairs}
 
 
 def _check(terms: Sequence[Term]) -> None:
-    known: set[str] = set()
-    for term in terms:
-        if term.id in known:
-            raise Invalid(f"term '{term.id}' is there twice; keep one of them")
-        known.add(term.id)
+    known = _refuse_twins(terms)
     families = {_prefix(id) for id in known}
     for term in terms:
         for parent in (*term.is_a, *term.part_of):
             if parent not in known and _prefix(parent) in families:
                 raise Invalid(f"term '{term.id}' names the parent '{parent}', which is not there; add or remove it")
     _refuse_cycles({term.id: tuple(p for p in term.is_a if p in known) for term in terms})
+
+
+def _refuse_twins(terms: Sequence[Term]) -> set[str]:
+    known: set[str] = set()
+    for term in terms:
+        if term.id in known:
+            raise Invalid(f"term '{term.id}' is there twice; keep one of them")
+        known.add(term.id)
+    return known
 
 
 def _prefix(id: str) -> str:

@@ -86,7 +86,7 @@ class Lexicon:
         return any(other and other.last > mention.last and other.size >= mention.size for other in inside)
 
     def _longest(self, table: Mapping[str, int], words: Sequence[Word], at: int) -> tuple[int, int, int, str] | None:
-        """(words of the name, -last word, concept, key) of the longest name from word `at`; the tightest of several."""
+        """(words of the name, -last word, concept, key) of the longest, tightest name from word `at`."""
         first = table.get(words[at].stem)
         exact = table.get(f"={_singular(words[at].surface)}", PREFIX)
         if first is None and exact == PREFIX:
@@ -108,13 +108,10 @@ class Lexicon:
                     if concept != PREFIX and (best is None or (size + 1, -nxt) > best[:2]):
                         best = (size + 1, -nxt, concept, longer)
                     waiting.append((longer, nxt, size + 1, 0, False))
-            if joins:
-                if table is self.normal and skipped < 2 * _SKIPPED and word.stem in self.vocabulary.coordinated:
-                    waiting.append((key, last, size, skipped + 1, True))
-            elif skipped < _SKIPPED and word.stem in self.vocabulary.modifiers:
-                waiting.append((key, last, size, skipped + 1, False))
-            elif table is self.normal and word.stem in self.vocabulary.coordinated and skipped < _SKIPPED:
-                waiting.append((key, last, size, skipped + 1, False))
+            skippable = table is self.normal and word.stem in self.vocabulary.coordinated
+            skippable |= not joins and word.stem in self.vocabulary.modifiers
+            if skippable and skipped < (2 * _SKIPPED if joins else _SKIPPED):
+                waiting.append((key, last, size, skipped + 1, joins))
         return best
 
     def _coordinated(self, words: Sequence[Word], mention: Mention) -> Iterator[Mention]:

@@ -22,7 +22,7 @@ from ontology.tables import CHEST, Tables, load_tables
 from ontology.trigrams import Candidate
 from ontology.words import Word
 from retrieval.errors import NotFound
-from retrieval.types import Assertion, Finding
+from retrieval.types import Assertion, Encoder, Finding
 
 if TYPE_CHECKING:
     from ontology.pipeline import Pipeline
@@ -154,7 +154,9 @@ class Dictionary:
                 meaning = self.tables.facets.meaning([words[at] for at in clause])
                 if meaning:
                     number = self.tables.numbers[meaning.concept]
-                    extra.append(Mention(clause.start + meaning.first, clause.start + meaning.last, number, whole=True))
+                    extra.append(
+                        Mention(clause.start + meaning.first, clause.start + meaning.last, number, whole=True)
+                    )
         return extra
 
     def _findings(self, text: str, spans: Sequence[Span]) -> tuple[Finding, ...]:
@@ -171,14 +173,30 @@ class Dictionary:
         )
 
 
-def load_linker(name_or_path: str | None, cache: Path) -> Dictionary:
+def load_linker(name_or_path: str | None, cache: Path, encoder: Encoder | None = None) -> Dictionary:
     """A linker by name (None: `chest`), or over an ontology of one's own: a file or folder.
 
-    Raises NotFound and Invalid for what is no ontology.
+    Other names are `radgraph` and trained scispaCy models (`en_core_sci_sm` ...); `sapbert` needs its `encoder`.
+    All of them link to `chest`. Raises NotFound and Invalid for what is no ontology, or is not installed.
     """
-    if name_or_path in (None, "chest"):
+    name = name_or_path or "chest"
+    if name == "chest":
         return Dictionary(load_tables(CHEST, cache))
-    path = Path(str(name_or_path))
+    if name == "radgraph":
+        from ontology.radgraph import RadGraph
+
+        return RadGraph(load_tables(CHEST, cache))
+    if name == "sapbert":
+        from ontology.named import Neighbours
+
+        if encoder is None:
+            raise NotFound("ontology 'sapbert': got no encoder, expected SapBERT's weights; use 'chest'")
+        return Neighbours(load_tables(CHEST, cache), encoder)
+    if name.startswith(("en_core_sci_", "en_ner_")):
+        from ontology.named import Trained
+
+        return Trained(load_tables(CHEST, cache), name)
+    path = Path(name)
     if not path.exists():
         raise NotFound(f"ontology: got '{path.name}', expected 'chest' or the path of an ontology file or folder")
     return Dictionary(load_tables(path, cache))

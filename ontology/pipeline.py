@@ -7,10 +7,8 @@ them is built here, with a degree that takes seconds instead of minutes at the s
 from __future__ import annotations
 
 import sys
-from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -38,6 +36,7 @@ def import_spacy() -> Any:
         if held is None:
             del sys.modules["torch"]
     import scispacy.abbreviation  # noqa: F401  registers the detector; after the block, for it imports scipy
+
     return spacy
 
 
@@ -52,9 +51,7 @@ class Pipeline:
         self.nlp.add_pipe("abbreviation_detector")
         self.nlp.max_length = sys.maxsize  # nothing here needs memory in proportion to a document
 
-    def abbreviations(
-        self, texts: Sequence[str], concept: Callable[[str], int | None]
-    ) -> list[list[Span]]:
+    def abbreviations(self, texts: Sequence[str], concept: Callable[[str], int | None]) -> list[list[Span]]:
         """Places where an abbreviation stands that the text itself has explained."""
         from ontology.linker import Span
 

@@ -10,7 +10,7 @@ import csv
 import gzip
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -40,6 +40,13 @@ class Term(NamedTuple):
     part_of: tuple[str, ...] = ()
     types: tuple[str, ...] = ()
     xrefs: tuple[str, ...] = ()
+
+
+def readable(folder: Path) -> list[Path]:
+    """What there is to read in a folder: the folder itself if it holds UMLS tables, else its files, by name."""
+    if (folder / "MRCONSO.RRF").is_file():
+        return [folder]
+    return sorted(path for path in folder.iterdir() if path.name.removesuffix(".gz").endswith(tuple(_READERS)))
 
 
 def read(path: Path) -> list[Term]:
@@ -171,7 +178,9 @@ def _plain(entry: Any, where: str) -> Term:
     if not isinstance(entry, dict) or not isinstance(entry.get("id"), str) or not isinstance(entry.get("name"), str):
         raise Invalid(f"{where}: expected an object with 'id' and 'name'")
     try:
-        synonyms = [Synonym(s) if isinstance(s, str) else Synonym(s["text"], s["scope"]) for s in _all(entry, "synonyms")]
+        synonyms = [
+            Synonym(s) if isinstance(s, str) else Synonym(s["text"], s["scope"]) for s in _all(entry, "synonyms")
+        ]
         return Term(
             entry["id"],
             entry["name"],
@@ -182,7 +191,9 @@ def _plain(entry: Any, where: str) -> Term:
             (*(f"UMLS:{cui}" for cui in _all(entry, "umls")), *_all(entry, "xrefs"), *_all(entry, "exact")),
         )
     except (KeyError, TypeError) as error:
-        raise Invalid(f"{where}: synonyms, parents and xrefs must be lists; a synonym is a string or text and scope") from error
+        raise Invalid(
+            f"{where}: synonyms, parents and xrefs must be lists; a synonym is a string or text and scope"
+        ) from error
 
 
 def _all(entry: dict[str, Any], key: str) -> list[Any]:
@@ -201,11 +212,20 @@ def read_table(path: Path) -> list[Term]:
         rows = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
         header = next(rows, [])
         if header == ["?term", "?term_label", "?layperson"]:
-            return [_lay(row, f"{path.name}:{number}") for number, row in enumerate(rows, 2)]
+            return _by_term(_lay(row, f"{path.name}:{number}") for number, row in enumerate(rows, 2))
         missing = {"id", "name"} - set(header)
         if missing:
             raise Invalid(f"{path.name}:1: the header lacks {', '.join(sorted(missing))}")
         return [_row(header, row, f"{path.name}:{number}") for number, row in enumerate(rows, 2) if row]
+
+
+def _by_term(terms: Iterable[Term]) -> list[Term]:
+    """HPO's table has a line for each synonym."""
+    found: dict[str, Term] = {}
+    for term in terms:
+        old = found.get(term.id, term)
+        found[term.id] = old._replace(synonyms=tuple(dict.fromkeys(old.synonyms + term.synonyms)))
+    return list(found.values())
 
 
 def _lay(row: list[str], where: str) -> Term:
@@ -276,9 +296,9 @@ def _umls_parents(folder: Path, names: dict[str, list[tuple[bool, str]]]) -> dic
     for cells in _rrf(folder / "MRREL.RRF", 16, required=False):
         first, relation, second = cells[0], cells[3], cells[4]
         child, parent = (first, second) if relation == "PAR" else (second, first)
-        if relation in ("PAR", "CHD") and child in names and parent in names and parent not in parents.get(child, ()):
-            if not _reaches(parent, child, parents):
-                parents.setdefault(child, []).append(parent)
+        known = relation in ("PAR", "CHD") and child in names and parent in names
+        if known and parent not in parents.get(child, ()) and not _reaches(parent, child, parents):
+            parents.setdefault(child, []).append(parent)
     return parents
 
 

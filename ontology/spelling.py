@@ -42,10 +42,14 @@ def allowance(word: str) -> int:
 
 
 def nearest(word: str, vocabulary: Iterable[str]) -> str | None:
-    """The closest word that is near enough and begins with the same letter; None where there is none or the word is short."""
+    """The closest word that is near enough and begins with the same letter, or None."""
     limit = allowance(word)
     if not limit:
         return None
-    near = [(distance(word, other, limit), other) for other in vocabulary if other[:1] == word[:1] and len(other) >= SHORTEST]
+    near = [
+        (distance(word, other, limit), other)
+        for other in vocabulary
+        if other[:1] == word[:1] and len(other) >= SHORTEST
+    ]
     best = min(near, default=(limit + 1, ""))
     return best[1] if best[0] <= limit else None

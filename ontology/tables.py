@@ -155,9 +155,7 @@ def _weights(source: Path) -> dict[str, float]:
 def _spellings(ontology: graph.Ontology, lexicon: Lexicon) -> dict[str, int]:
     """Every name of six letters and more, in lower case, and the concept that the dictionary gives it."""
     names = dict.fromkeys(
-        " ".join(text.lower().split())
-        for concept in ontology.concepts.values()
-        for text, _, _ in concept.synonyms
+        " ".join(text.lower().split()) for concept in ontology.concepts.values() for text, _, _ in concept.synonyms
     )
     found = {}
     for name in names:

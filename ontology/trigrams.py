@@ -39,8 +39,10 @@ class Trigrams:
         for gram, weight in vector.items():
             held = slice(self.starts[gram], self.starts[gram + 1])
             scores[self.rows[held]] += weight * self.weights[held]
-        best = np.argpartition(-scores, min(k, len(scores) - 1))[:k] if len(scores) else []
-        found = [(self.names[row], float(scores[row])) for row in best if scores[row] > 0]
+        if not len(scores):
+            return []
+        best = np.argpartition(-scores, min(k, len(scores) - 1))[:k]
+        found = [(self.names[row], float(scores[row])) for row in best.tolist() if scores[row] > 0]
         return sorted(found, key=lambda candidate: (-round(candidate[1], 5), candidate[0]))
 
     def vector(self, text: str) -> dict[int, float]:

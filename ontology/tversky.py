@@ -1,8 +1,8 @@
 """The modified weighted Tversky index over findings (arXiv 2508.19915, section 3): what two texts say, how alike.
 
-A text is a *profile*: how strongly it asserts each concept (1 affirmed, less where it doubts or contradicts itself) and
-which it denies. Concepts weigh by semantic type, or by their information content. With a hierarchy, a concept lends
-its ancestors its strength, decayed at every step, so that a hemothorax and an effusion share something.
+A text is a *profile*: how strongly it asserts each concept (1 affirmed, less where it doubts or contradicts itself)
+and which it denies. Concepts weigh by semantic type, or by their information content. With a hierarchy, a concept
+lends its ancestors its strength, decayed at every step, so that a hemothorax and an effusion share something.
 
 For reports, with I = sum of w * min(q, d), f = W(d) - I and b = W(q) - I:
     sim = I / (I + beta * (alpha * min(f, b) + (1 - alpha) * max(f, b)) + cost * C)
@@ -18,6 +18,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from numpy.typing import NDArray
 from retrieval.types import Assertion, Finding, FindingsScore, Linker, Part, Postings
 
 Scores = NDArray[np.float32]
-# Diseases, pathologic functions and findings as in the paper; what it weighs 0 (injuries, devices ...) counts a little.
+# Diseases, pathologic functions and findings as in the paper; what it weighs 0, such as devices, counts a little.
 TYPES = {"T047": 3.0, "T191": 3.0, "T046": 2.0, "T190": 1.0, "T037": 1.0, "T019": 1.0, "T033": 1.0}
 TYPES |= {"T074": 0.3, "T061": 0.3} | dict.fromkeys(("T017", "T023", "T024", "T029", "T030", "T082"), 0.0)
 DENIALS = 0.01  # share of the denials of two reports: it orders what the asserted findings leave tied
@@ -161,7 +162,9 @@ class Measure:
         shared = sum(self.weight(c) * min(strength, d[c]) for c, strength in q.items() if c in d)
         ends = self.total(q) - shared, self.total(d) - shared
         contradicted = sum(self.weight(c) * candidate.asserted.get(c, 0.0) for c in query.denied)
-        contradicted += sum(self.weight(c) * strength for c, strength in query.asserted.items() if c in candidate.denied)
+        contradicted += sum(
+            self.weight(c) * strength for c, strength in query.asserted.items() if c in candidate.denied
+        )
         score = self.ratio(np.float64(shared), np.float64(ends[0]), np.float64(ends[1]), np.float64(contradicted))
         both, either = len(query.denied & candidate.denied), len(query.denied) + len(candidate.denied)
         denials = 2 * both / either if either else 0.0
@@ -177,11 +180,15 @@ class Measure:
         return np.where(shared > 0, shared / np.where(whole > 0, whole, 1.0), 0.0)
 
 
+def _nothing(concept: str) -> Sequence[str]:  # noqa: ARG001
+    return ()
+
+
 def measure(linker: Linker | None = None, index: Index | None = None) -> Measure:
     """The measure over a linker's ontology; without one (or for a linker that has none) all concepts are alike."""
     tables = getattr(linker, "tables", None)
     if tables is None:
-        return Measure(index or Index(), lambda concept: (), lambda concept: ())
+        return Measure(index or Index(), _nothing, _nothing)
     ids, numbers = tables.lexicon.concepts, tables.numbers
 
     def types(concept: str) -> Sequence[str]:
@@ -203,13 +210,13 @@ def tversky_matrix(
     """
     left, right = [by.profile(found) for found in queries], [by.profile(found) for found in documents]
     spread_left, spread_right = [by.spread(p.asserted) for p in left], [by.spread(p.asserted) for p in right]
-    everything = [*spread_left, *spread_right, *({c: 1.0 for c in p.denied} for p in (*left, *right))]
+    everything = [*spread_left, *spread_right, *(dict.fromkeys(p.denied, 1.0) for p in (*left, *right))]
     columns = {concept: n for n, concept in enumerate(sorted({c for held in everything for c in held}))}
     weights = np.array([by.weight(concept) for concept in columns], np.float64)
     q, d = _sparse(spread_left, columns), _sparse(spread_right, columns)
     values = np.unique(np.round(np.concatenate([[0.0], q.data, d.data]), 9))
     shared = np.zeros((len(left), len(right)))
-    for low, high in zip(values, values[1:]):
+    for low, high in pairwise(values):
         shared += (high - low) * (_at_least(q, high).multiply(weights) @ _at_least(d, high).T).toarray()
     q_raw, d_raw = _sparse([p.asserted for p in left], columns), _sparse([p.asserted for p in right], columns)
     q_denied, d_denied = (_sparse([dict.fromkeys(p.denied, 1.0) for p in side], columns) for side in (left, right))

@@ -101,5 +101,7 @@ def folded(word: str) -> str:
     """Lower case without accents and possessive."""
     word = word.lower()
     if not word.isascii():
-        word = "".join(c for c in unicodedata.normalize("NFKD", word) if not unicodedata.combining(c)).replace("’", "'")
+        word = "".join(c for c in unicodedata.normalize("NFKD", word) if not unicodedata.combining(c)).replace(
+            "’", "'"
+        )
     return word.removesuffix("'s")
