@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, cast
 
 from retrieval.engine import Parts
-from retrieval.errors import BackendError, Invalid
+from retrieval.errors import BackendError, Invalid, NotFound
 from retrieval.ingest import Ingest
 from retrieval.types import Encoder, FindingsScore, ImageSource, Linker, Picture, Prepare, Scorer, SpaceInfo
 from server.settings import Settings
@@ -90,6 +90,15 @@ class Models:
         from indexers.embedded import open_index
 
         return open_index(folder)
+
+    def published(self, folder: Path) -> bool:
+        """True where a search could start: there is a published generation, whatever its state."""
+        from indexers.embedded import current
+
+        try:
+            return current(folder) > 0
+        except NotFound:
+            return False
 
     def parts(self, config: Config, weights: Weights) -> Parts:
         """What a collection of this config is assembled from."""

@@ -11,7 +11,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -21,6 +21,7 @@ from retrieval.confidence import Calibrations
 from retrieval.engine import ADD_BATCH, Engine, Parts
 from retrieval.errors import BackendError, Conflict, InputError, Invalid, NotFound
 from retrieval.filters import Filter
+from retrieval.pages import Shelf
 from retrieval.types import Document, Encoder, Progress, Rejected, Snapshot
 from server.assemble import NONE, Config, Models, Weights, shipped_weights
 from server.settings import Settings
@@ -36,7 +37,7 @@ FACET_SAMPLE = 200  # documents looked at for fields that make facets
 TUNED = "weights.json"  # fusion weights learned for this collection, beside its generations
 
 
-Stamp = tuple[tuple[int, int] | None, ...]
+Stamp = tuple[int, int] | None
 
 
 class NotWritable(InputError):
@@ -50,13 +51,30 @@ class Learned(NamedTuple):
     calibrations: Calibrations
 
 
-class Open(NamedTuple):
+class Opened(NamedTuple):
+    """An index, and the folder that it was opened from: a collection may be deleted and made again elsewhere."""
+
+    embedded: Embedded
+    handle: int  # keeps the folder's inode from being given to another folder
+
+    def is_at(self, folder: Path) -> bool:
+        """True while the folder of that name is still the one that was opened."""
+        with suppress(OSError):
+            return os.path.samestat(os.fstat(self.handle), folder.stat())
+        return False
+
+    def close(self) -> None:
+        self.embedded.close()
+        os.close(self.handle)
+
+
+class Assembled(NamedTuple):
     """An engine, and what it was assembled from."""
 
     engine: Engine
-    opened: Embedded  # the engine's index
+    embedded: Embedded
     config: Config
-    stamp: Stamp
+    stamps: tuple[Stamp, ...]  # of what was learned
 
 
 class Added(NamedTuple):
@@ -74,7 +92,8 @@ class Home:
     def __init__(self, settings: Settings, models: Models | None = None) -> None:
         self.settings = settings
         self.models = models or Models(settings)
-        self._open: dict[str, Open] = {}
+        self._indexes: dict[str, Opened] = {}
+        self._engines: dict[str, Assembled] = {}
         self._locks: dict[str, threading.Lock] = {}
         self._lock = threading.Lock()
 
@@ -84,26 +103,25 @@ class Home:
         """Collections that have been published."""
         folder = self.settings.collections
         found = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-        return [name for name in found if NAME.fullmatch(name) and self._published(name)]
+        return [name for name in found if NAME.fullmatch(name) and self.models.published(folder / name)]
 
     def engine(self, name: str) -> Engine:
         """The collection, ready to answer. Raises NotFound where nothing was published under that name."""
         folder = self.folder(name)
         with self._locked(name):
-            held = self._open.get(name)
-            stamp = (_stamp(folder), _stamp(folder / TUNED), _stamp(folder / CALIBRATED))
-            index = held.opened if held and held.stamp[0] == stamp[0] else self.models.index(folder)
-            index.snapshot()  # follows a generation that another process published
+            index, held = self._index(name), self._engines.get(name)
             config = Config.of(index.config)
-            if held is None or (index, config, stamp) != held[1:]:
-                engine = Engine(name, index, self._parts(name, config))
-                self._open[name] = held = Open(engine, index, config, stamp)
+            made_of = (index, config, (_stamp(folder / TUNED), _stamp(folder / CALIBRATED)))
+            if held is None or made_of != held[1:]:
+                shelf = held.engine.shelf if held is not None and held.embedded is index else Shelf()
+                held = Assembled(Engine(name, index, self._parts(name, config), shelf), *made_of)
+                self._engines[name] = held
             return held.engine
 
     def config(self, name: str) -> Config:
         """What the newest generation was made with."""
-        self.engine(name)
-        return self._open[name].config
+        with self._locked(name):
+            return Config.of(self._index(name).config)
 
     def text_encoder(self, name: str | None = None) -> Encoder:
         """What encodes the texts of collection `name`, or of new collections. Raises Invalid where it goes without."""
@@ -115,28 +133,25 @@ class Home:
 
     def info(self, name: str) -> dict[str, Any]:
         """Counts, spaces, index kinds, weights: without loading an encoder."""
-        index = self.models.index(self.folder(name))
-        try:
+        with self._locked(name):
+            index = self._index(name)
             snapshot, config = index.snapshot(), Config.of(index.config)
-            learned = self._learned(name, config)
-            return {
-                "collection": name,
-                "documents": len(snapshot),
-                "generation": snapshot.generation,
-                "sequence": snapshot.sequence,
-                "config": config.json(),
-                "spaces": {
-                    space: {"dim": info.dim, "digests": dict(info.digests)} for space, info in snapshot.spaces.items()
-                },
-                "index": snapshot.describe(),
-                "weights": {**shipped_weights(), **learned.weights},
-                "tuned": sorted(learned.weights),
-                "calibrated": sorted(learned.calibrations),
-                "retrievers": retrievers(config),
-                "facets": facets(snapshot),
-            }
-        finally:
-            index.close()
+        learned = self._learned(name, config)
+        spaces = snapshot.spaces.items()
+        return {
+            "collection": name,
+            "documents": len(snapshot),
+            "generation": snapshot.generation,
+            "sequence": snapshot.sequence,
+            "config": config.json(),
+            "spaces": {space: {"dim": info.dim, "digests": dict(info.digests)} for space, info in spaces},
+            "index": snapshot.describe(),
+            "weights": {**shipped_weights(), **learned.weights},
+            "tuned": sorted(learned.weights),
+            "calibrated": sorted(learned.calibrations),
+            "retrievers": retrievers(config),
+            "facets": facets(snapshot),
+        }
 
     def folder(self, name: str) -> Path:
         """Where a collection lives. Raises Invalid for what cannot be a name."""
@@ -195,7 +210,7 @@ class Home:
 
     def create(self, name: str, config: Config) -> Summary:
         """An empty collection. Raises Conflict where there is one of that name already."""
-        if self._published(name):
+        if self.models.published(self.folder(name)):
             raise Conflict(f"collection {name}: exists already; delete it first, or add to it", "collection")
         return self.index(name, (), config, progress=silent)
 
@@ -265,9 +280,9 @@ class Home:
 
         self._must_exist(name)
         with self._locked(name):
-            held = self._open.pop(name, None)
-            if held is not None:
-                held.engine.close()
+            self._engines.pop(name, None)
+            if name in self._indexes:
+                self._indexes.pop(name).close()
             delete(self.folder(name))
 
     def keep_weights(self, name: str, weights: Weights, learned: Mapping[str, Any]) -> None:
@@ -277,18 +292,24 @@ class Home:
 
     def close(self) -> None:
         with self._lock:
-            for held in self._open.values():
-                held.engine.close()
-            self._open.clear()
+            for held in self._indexes.values():
+                held.close()
+            self._indexes.clear()
+            self._engines.clear()
 
     # --- within ----------------------------------------------------------------------------------
 
-    def _published(self, name: str) -> bool:
-        try:
-            self.models.index(self.folder(name)).close()
-        except NotFound:
-            return False
-        return True
+    def _index(self, name: str) -> Embedded:
+        """The index of a collection, opened once, at its newest state. For the holder of the collection's lock."""
+        folder = self.folder(name)
+        held = self._indexes.get(name)
+        if held is not None and not held.is_at(folder):
+            self._indexes.pop(name).close()
+            held = None
+        if held is None:
+            held = self._indexes[name] = Opened(self.models.index(folder), os.open(folder, os.O_RDONLY))
+        held.embedded.snapshot()  # follows a generation that another process published
+        return held.embedded
 
     def _must_exist(self, name: str) -> None:
         if not self.folder(name).is_dir():
@@ -389,13 +410,13 @@ def _legs(config: Config) -> list[str | None]:
     return [config.text_encoder, config.image_encoder, config.ontology]
 
 
-def _stamp(path: Path) -> tuple[int, int] | None:
-    """Changes when a file is replaced, or a folder deleted and made again."""
+def _stamp(path: Path) -> Stamp:
+    """Changes when a file is replaced."""
     try:
         found = path.stat()
     except OSError:
         return None
-    return found.st_ino, 0 if path.is_dir() else found.st_mtime_ns
+    return found.st_ino, found.st_mtime_ns
 
 
 def _write_atomically(path: Path, text: str) -> None:
