@@ -19,9 +19,10 @@ import json
 import shutil
 import threading
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+from weakref import WeakValueDictionary
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,6 +39,7 @@ from retrieval.errors import BackendError
 from retrieval.types import Progress, SpaceInfo
 
 Manifest = dict[str, Any]
+T = TypeVar("T")
 BACKGROUND_BYTES = 1 << 30  # derived parts from this size on are verified while they are used already
 RETRIES = 5
 FLAT = parse_spec("flat")
@@ -63,6 +65,8 @@ class Generation:
         self.store = Store(self.folder / "store.sqlite")
         self.shards = home / "shards"
         self._verified: dict[Path, str] = {}  # what was found, or that it is still being looked at
+        # What snapshots in use have opened; names stand for content.
+        self._opened: WeakValueDictionary[str, Any] = WeakValueDictionary()
         self.verified = 0  # files whose state was found out in the background
 
     def close(self) -> None:
@@ -196,7 +200,8 @@ class Generation:
             return 0, None
         try:
             state = self._verify(self.folder / entry["folder"], entry["files"])
-            index = SideIndex.load(self.folder / entry["folder"], chunks[: entry["shards"]], verify=False)
+            folder = self.folder / entry["folder"]
+            index = self._once(folder.name, lambda: SideIndex.load(folder, chunks[: entry["shards"]], verify=False))
         except BackendError as error:
             parts[name] = str(error)
             return 0, None
@@ -206,7 +211,7 @@ class Generation:
     def _matrix(self, name: str) -> NDArray[np.float32]:
         try:
             self._verify(self.shards / name)
-            return shards.read(self.shards / name, check=False)["matrix"]
+            return self._once(name, lambda: shards.read(self.shards / name, check=False)["matrix"])
         except Damaged as error:
             raise Damaged(f"vectors are lost: {error}; roll back, or index the source again") from error
 
@@ -217,7 +222,8 @@ class Generation:
             return None
         try:
             state = self._verify(self.folder / entry["folder"], entry["files"])
-            found = lexical.Lexical(self.folder / entry["folder"])
+            folder = self.folder / entry["folder"]
+            found = self._once(folder.name, lambda: lexical.Lexical(folder))
         except BackendError as error:
             parts["lexical"] = str(error)
             return None
@@ -249,6 +255,13 @@ class Generation:
         except Damaged as error:
             self._verified[path] = str(error)
         self.verified += 1  # who holds a snapshot loads it again
+
+    def _once(self, name: str, make: Callable[[], T]) -> T:
+        """What was opened under a name before, or `make()`."""
+        found: T | None = self._opened.get(name)
+        if found is None:
+            self._opened[name] = found = make()
+        return found
 
     def _check(self, path: Path, files: shards.Checksums | None) -> None:
         shards.verify(path) if files is None else shards.verify_folder(path, files)

@@ -60,7 +60,8 @@ def grow(previous: Path | None, target: Path, texts: Iterable[tuple[int, str]], 
         index = tantivy.Index(_schema(), str(target))
         writer = index.writer(_HEAP_BYTES, 1)
         for row in deaths:
-            writer.delete_documents_by_term("row", int(row))
+            # By term, tantivy takes the number for a signed one and deletes nothing.
+            writer.delete_documents_by_query(tantivy.Query.term_query(index.schema, "row", int(row)))
         for row, text in texts:
             if found := analysis.tokens(text):
                 document = tantivy.Document()

@@ -55,8 +55,19 @@ class Base:
             name = self._names[row] = self.text[start:stop].tobytes().decode()
         return name
 
+    @cached_property
+    def names(self) -> list[str]:
+        text, offsets = self.text.tobytes(), self.offsets.tolist()
+        return [text[a:b].decode() for a, b in pairwise(offsets)]
+
+    @cached_property
+    def _row_of(self) -> dict[str, int]:
+        return {self.names[row]: row for row in self.hashed.tolist()}
+
     def find(self, ids: Sequence[str]) -> list[int]:
         """The row of each id that was alive when the base was made, -1 elsewhere."""
+        if len(ids) > MANY and self.count <= LISTED_ROWS:
+            return [self._row_of.get(id, -1) for id in ids]
         wanted = np.array([_hash(id) for id in ids], np.uint64)
         first, last = (np.searchsorted(self.hashes, wanted, side).tolist() for side in ("left", "right"))
         return [self._among(id, a, b) for id, a, b in zip(ids, first, last, strict=True)]
@@ -149,28 +160,18 @@ class Rows(Sequence[str]):
     @cached_property
     def names(self) -> Sequence[str]:
         """Ids by row, as a list unless there are very many."""
-        return list(self._all_ids()) if len(self) <= LISTED_ROWS else self
-
-    @cached_property
-    def _row_of(self) -> dict[str, int]:
-        return {self.names[row]: row for row in np.flatnonzero(self.alive).tolist()}
+        if len(self) > LISTED_ROWS:
+            return self
+        return [*self.base.names, *self.later_ids] if self.base is not None else self.later_ids
 
     def find(self, ids: Sequence[str]) -> list[int]:
         """The row of each id, -1 where there is no such document."""
-        if len(ids) > MANY and len(self) <= LISTED_ROWS:
-            return [self._row_of.get(id, -1) for id in ids]
         rows = [self.later_rows.get(id, -1) for id in ids]
         missing = [n for n, row in enumerate(rows) if row < 0]
         if missing and self.base is not None:
             for n, row in zip(missing, self.base.find([ids[n] for n in missing]), strict=True):
                 rows[n] = row
         return [row if row >= 0 and self.alive[row] else -1 for row in rows]
-
-    def _all_ids(self) -> Iterator[str]:
-        if self.base is not None:
-            text, offsets = self.base.text.tobytes(), self.base.offsets.tolist()
-            yield from (text[a:b].decode() for a, b in pairwise(offsets))
-        yield from self.later_ids
 
     # --- findings: retrieval.types.Postings ------------------------------------------------------
 
@@ -189,7 +190,7 @@ class Rows(Sequence[str]):
 
     def arrays(self) -> dict[str, Array]:
         """Everything but the columns, as `Base` reads it."""
-        ids = [id.encode() for id in self._all_ids()]
+        ids = [id.encode() for id in [*(self.base.names if self.base is not None else ()), *self.later_ids]]
         living = np.flatnonzero(self.alive).astype(np.int32)
         hashes = np.array([_hash(ids[row]) for row in living.tolist()], np.uint64)
         order = np.argsort(hashes, kind="stable")
