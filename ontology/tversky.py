@@ -246,9 +246,12 @@ def _at_least(matrix: Any, value: float) -> Any:
     return out
 
 
-def findings_score(linker: Linker | None = None, index: Index | None = None) -> FindingsScore:
-    """Scores of all rows for one query part: containment for phrases, the symmetric index for reports."""
-    by = measure(linker, index)
+def findings_score(by: Measure | Linker | None = None, index: Index | None = None) -> FindingsScore:
+    """Scores of all rows for one query part: containment for phrases, the symmetric index for reports.
+
+    by: a measure, or the linker whose ontology is measured with the constants of `index`.
+    """
+    found_by = by if isinstance(by, Measure) else measure(by, index)
     kept: dict[int, tuple[weakref.ref[Any], _Columns]] = {}
 
     def score(part: Part, postings: Postings) -> Scores:
@@ -256,8 +259,8 @@ def findings_score(linker: Linker | None = None, index: Index | None = None) -> 
         if found is None or found[0]() is not postings:
             for stale in [key for key, (alive, _) in kept.items() if alive() is None]:
                 del kept[stale]
-            found = kept[id(postings)] = (weakref.ref(postings), _Columns(by, postings))
-        profile = by.profile(part.findings)
+            found = kept[id(postings)] = (weakref.ref(postings), _Columns(found_by, postings))
+        profile = found_by.profile(part.findings)
         return found[1].alike(profile) if part.kind == "report" else found[1].containing(profile)
 
     return score

@@ -79,7 +79,12 @@ def test_an_obo_graph_is_read(tmp_path: Path) -> None:
 
 
 def test_json_lines_of_the_data_folders_are_read(tmp_path: Path) -> None:
-    line = {"id": "D:1", "name": "pneumonia", "synonyms": [{"text": "lung infection", "scope": "BROAD"}], "umls": ["C1"]}
+    line = {
+        "id": "D:1",
+        "name": "pneumonia",
+        "synonyms": [{"text": "lung infection", "scope": "BROAD"}],
+        "umls": ["C1"],
+    }
     line |= {"parents": [], "exact": ["DOID:552"]}
     (term,) = read(write(tmp_path, "terms.jsonl", json.dumps(line) + "\n\n"))
     assert term.synonyms == (Synonym("lung infection", "BROAD"),)
@@ -95,7 +100,11 @@ def test_umls_tables_give_names_types_and_parents(tmp_path: Path) -> None:
     write(tmp_path, "MRCONSO.RRF", "".join(rows))
     write(tmp_path, "MRSTY.RRF", "C0000001|T047|B2.2.1.2.1|Disease or Syndrome|AT1|256|\n")
     relation = "C000000{0}|A1|CUI|{1}|C000000{2}|A2|CUI||R1||X|X||Y|N||\n"
-    write(tmp_path, "MRREL.RRF", relation.format(1, "PAR", 2) + relation.format(2, "PAR", 1) + relation.format(1, "SY", 2))
+    write(
+        tmp_path,
+        "MRREL.RRF",
+        relation.format(1, "PAR", 2) + relation.format(2, "PAR", 1) + relation.format(1, "SY", 2),
+    )
     first, second = read(tmp_path)
     assert (first.name, first.synonyms, first.types) == ("Effusion", (Synonym("pleural fluid"),), ("T047",))
     assert first.is_a == ("C0000002",)
@@ -159,7 +168,10 @@ def test_one_concept_has_one_node_across_sources() -> None:
 def test_two_terms_of_one_source_never_become_one() -> None:
     twins = [Term("a:1", "left", xrefs=("UMLS:C1",)), Term("a:2", "right", xrefs=("UMLS:C1",))]
     other = [Term("b:1", "bridge", xrefs=("UMLS:C1",)), Term("b:2", "second bridge", xrefs=("UMLS:C1",))]
-    assert [concept.aliases for concept in graph.merged([twins, other]).concepts.values()] == [("a:1", "b:1"), ("a:2", "b:2")]
+    assert [concept.aliases for concept in graph.merged([twins, other]).concepts.values()] == [
+        ("a:1", "b:1"),
+        ("a:2", "b:2"),
+    ]
 
 
 def test_the_first_source_with_parents_decides_them() -> None:
