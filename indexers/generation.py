@@ -289,7 +289,7 @@ class Generation:
                 writer.add_shard(space, side, shard, held)
             writer.publish(name)
         self.store.checkpoint()
-        self._sweep(name, [old, manifest])
+        self._sweep({name, state.manifest or name}, [old, manifest])
 
     def _publish_rows(self, rows: Rows, now: EmbeddedSnapshot, old: Manifest, sequence: int) -> Manifest:
         entry = old.get("rows")
@@ -366,9 +366,9 @@ class Generation:
         SideIndex.build(chunks, parse_spec(spec), progress).save(target)
         return {"folder": target.name, "files": shards.checksums(target), "shards": len(chunks)}
 
-    def _sweep(self, name: str, manifests: Sequence[Manifest]) -> None:
+    def _sweep(self, names: set[str], manifests: Sequence[Manifest]) -> None:
         """Deletes what neither this publish nor the one before it names: a reader may be opening the latter."""
-        keep = {name, "store.sqlite", "store.sqlite-wal", "store.sqlite-shm", "writes", "withdrawn"}
+        keep = names | {"store.sqlite", "store.sqlite-wal", "store.sqlite-shm", "writes", "withdrawn"}
         for manifest in manifests:
             keep |= set(_named(manifest))
         for path in self.folder.iterdir():

@@ -225,6 +225,7 @@ def rebuild(
     Others may write meanwhile: what they wrote is carried over before the swap.
     """
     started = time.monotonic()
+    current(folder)  # NotFound before a lock file is made
     with writer_lock(folder, 0.0, "building"):
         old = Generation(folder, current(folder))
         now = old.load()
@@ -272,6 +273,7 @@ def _alive_ids(now: EmbeddedSnapshot) -> Iterator[list[str]]:
 
 def rollback(folder: Path) -> int:
     """Publishes the generation before this one again and returns its number; NotFound where there is none."""
+    current(folder)  # NotFound before a lock file is made
     with writer_lock(folder, 0.0, "building"), writer_lock(folder):
         now = current(folder)
         earlier = [number for number in finished(folder) if number < now]
