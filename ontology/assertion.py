@@ -12,63 +12,75 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from ontology.cues import Cue, Role, find, misplaced, words
+from ontology.cues import Cue, Role, bag, find, misplaced, words
 from ontology.sentences import sentences
 from retrieval.types import Assertion
 
-_FINITE = frozenset(
+_FINITE = bag(
     "is are was were has have had does did shows show showed demonstrates demonstrate appears appear remains remain "
     "persists persist developed develops became becomes continues continued reports presents presented underwent "
     "received started complains stayed looks looked measures measured extends suggests suggest represents "
-    "represent may might could can will would should".split()
+    "represent may might could can will would should improved worsened persisted occurred began returned recurred "
+    "increased decreased"
 )
-_EXISTS = frozenset(
+_EXISTS = bag(
     "seen identified noted present demonstrated visualized visualised evident appreciated detected found observed "
-    "apparent visible shown suspected reported palpable".split()
+    "apparent visible shown suspected reported palpable"
 )
-_SUBJECTS = frozenset("there he she it they we i patient pt".split())
+_SUBJECTS = bag("there he she it they we i patient pt")
 # A list of things denied is bare; what comes with an article, a size or a course is stated.
-_STATED = frozenset(
+_STATED = bag(
     "a an mild mildly moderate moderately minimal minimally small stable unchanged persistent persisting trace tiny "
     "mild-to-moderate slight slightly low lower decreased worsening improved improving increasing bibasilar "
-    "multiple several some severe severely residual interval".split()
+    "multiple several some severe severely residual interval"
 )
-_SIDED = frozenset("left right bilateral bilaterally".split())
-_LINKS = frozenset("or nor and/or".split())
+_SIDED = bag("left right bilateral bilaterally")
+_LINKS = bag("or nor and/or")
 _BREAKS = frozenset([",", ";", ":", "(", ")", "-", "and", "with", "of", "in", "for", "to", "but", "from", "without"])
-_REOPENS = frozenset("with but consistent compatible".split())
-_COUNTS = frozenset("one two three 1 2 3 more left right upper lower either few".split())
+_REOPENS = bag("with but consistent compatible")
+_COUNTS = bag("one two three 1 2 3 more left right upper lower either few")
 _LISTING = re.compile(r"differential|includ|considerations|possibilit")
 _STOP = Role("stop")
-_PRONOUNS = frozenset("this that it these those they which all both none each either who now then later".split())
-_AUXILIARIES = frozenset(
+_PRONOUNS = bag("this that it these those they which all both none each either who now then later")
+_AUXILIARIES = bag(
     "is are was were be been being seems appears appear remains remain felt thought considered deemed judged believed "
-    "also very highly still clinically radiographically highly therefore most has have had to would should will may might could can".split()
+    "also very highly still clinically radiographically highly therefore most has have had to would should will may "
+    "might could can"
 )
 _NEAR = 4  # words that a near cue reaches over
 _FAR_BACK = 14  # words that a cue behind the finding reaches back over
-_PREFIX = re.compile(r"(?:\b(?:non|no|not)-?|\bnon )$", re.I)
+_PREFIX = re.compile(r"(?:\b(?:non|no|not)-?|\bnon )$", re.IGNORECASE)
 _INSIDE = frozenset(["not", "no", "without"])
 
 _SECTION = re.compile(
     r"(?im)(?:^|(?<=[.;:?]\s)|(?<=\n))[ \t]*(?:"
-    r"(?P<reason>(?:clinical |patient |medical )?(?:indications?|information|data|question|statement)"
+    r"(?P<reason>(?:clinical |patient )?(?:indications?|information|question)|clinical (?:data|statement)"
     r"|reason for (?:the )?(?:exam|examination|study|visit|referral|this exam\w*|procedure|test|consult\w*)"
-    r"|(?:clinical|patient|relevant|pertinent|brief) history|history|provided history|ordering diagnosis"
+    r"|(?:clinical|patient|relevant|pertinent|brief|provided) history|history(?!:[^.\n]*\b(?:was|who|is an?|presented)\b)"
     r"|clinical (?:history|indication)s?(?:/|\s+and\s+)\w+|indication/history|signs? (?:and|/) symptoms?"
-    r"|rule out|admitting diagnosis|preoperative diagnosis)"
+    r"|ordering diagnosis|rule out)"
     r"|(?P<family>family (?:medical )?history|fh|fhx|fam hx)"
     r"|(?P<other>[a-z][a-z /&,()-]{1,48}))[ \t]*(?::(?!\d)|[ \t]-[ \t]|(?=\r?\n))"
 )
 _RELATIVE = re.compile(
     r"\b(?:mother|father|brother|sister|aunt|uncle|grandmother|grandfather|grandparents?|cousin|sibling|parents?"
-    r"|mom|dad|son|daughter|relatives?|family history|maternal|paternal|roommate)s?\b(?!['’]?s? (?:states|says|reports|noted"
-    r"|stated|reported|denies|brought|notes))(?=[^.;]*\b(?:had|has|with|died|of|who|history|also|have|diagnosed)\b)",
-    re.I,
+    r"|mom|dad|son|daughter|relatives?|family history|maternal|paternal|roommate)s?\b"
+    r"(?!['’]?s? (?:states|says|reports|noted|stated|reported|denies|brought|notes))"
+    r"(?=[^.;]*\b(?:had|has|with|died|of|who|history|also|have|diagnosed)\b)",
+    re.IGNORECASE,
 )
 _PAST = re.compile(
-    r"\b(?:history of|h/o|hx of|hx|prior|previous|previously|status post|s/p|old|past)\W+(?:\w+\W+){0,4}$", re.I
+    r"\b(?:history of|h/o|hx of|hx|prior|previous|previously|status post|s/p|old|past)\W+(?:\w+\W+){0,4}$",
+    re.IGNORECASE,
 )
+
+
+class Reach(NamedTuple):
+    """A cue that reaches a span. separated: by an item of a list at least."""
+
+    role: Role
+    text: str
+    separated: bool
 
 
 class Reading(NamedTuple):
@@ -113,12 +125,9 @@ def readings(text: str, spans: Sequence[tuple[int, int]]) -> list[Reading]:
 
 def _sections(text: str) -> list[tuple[int, str]]:
     """Where sections start, and of which kind: reason, family or other."""
-    found: list[tuple[int, str]] = []
     if ":" not in text and "\n" not in text:
-        return found
-    for match in _SECTION.finditer(text):
-        found.append((match.end(), str(match.lastgroup)))
-    return found
+        return []
+    return [(match.end(), str(match.lastgroup)) for match in _SECTION.finditer(text)]
 
 
 def _in_context(text: str, span: tuple[int, int], sentence: _Sentence, sections: list[tuple[int, str]]) -> Reading:
@@ -183,22 +192,25 @@ class _Sentence:
             return True
         return any(self.words[at].text in _INSIDE for at in target)
 
-    def _before(self, target: range, cues: list[Cue]) -> list[tuple[Role, str, bool]]:
-        """Cues before the target whose scope reaches it, nearest first; the flag says that a list lies between."""
+    def _before(self, target: range, cues: list[Cue]) -> list[Reach]:
+        """Cues before the target whose scope reaches it, nearest first."""
         found = []
         denial_ended = False
         for cue in reversed([cue for cue in cues if cue.end <= target.start]):
             if cue.roles[0] == _STOP:
                 break
             denial_ended = denial_ended or cue.roles[0].where == "stop"
-            for role in cue.roles:
-                if denial_ended and role.what == "negated":
-                    continue
-                if role.where == "pre" and self._reaches(cue, role, target):
-                    found.append((role, cue.text, self._separated(cue.end, target.start)))
+            found += [
+                Reach(role, cue.text, self._separated(cue.end, target.start))
+                for role in cue.roles
+                if role.where == "pre"
+                and not (denial_ended and role.what == "negated")
+                and self._reaches(cue, role, target)
+            ]
         return found
 
-    def _after(self, target: range, cues: list[Cue]) -> list[tuple[Role, str, bool]]:
+    def _after(self, target: range, cues: list[Cue]) -> list[Reach]:
+        """Cues behind the target whose scope reaches back to it, nearest first."""
         found = []
         for number, cue in enumerate(cues):
             if cue.start < target.stop:
@@ -207,9 +219,11 @@ class _Sentence:
                 if not self._continues(cue, cues[number + 1 : number + 2]):
                     break
                 continue
-            for role in cue.roles:
-                if role.where == "post" and self._reached_back(cue, role, target):
-                    found.append((role, cue.text, self._separated(target.stop, cue.start)))
+            found += [
+                Reach(role, cue.text, self._separated(target.stop, cue.start))
+                for role in cue.roles
+                if role.where == "post" and self._reached_back(cue, role, target)
+            ]
         return found
 
     def _continues(self, stop: Cue, following: list[Cue]) -> bool:
@@ -224,15 +238,20 @@ class _Sentence:
 
     def _reaches(self, cue: Cue, role: Role, target: range) -> bool:
         between = range(cue.end, target.start)
-        if len(cue.roles) > 1 and any(r.where == "post" for r in cue.roles):
-            if cue.end < len(self.words) and self.words[cue.end].text in ",;.)" and cue.text != "versus":
-                return False
+        both_ways = len(cue.roles) > 1 and any(r.where == "post" for r in cue.roles)
+        if (
+            both_ways
+            and cue.text != "versus"
+            and cue.end < len(self.words)
+            and self.words[cue.end].text in (",", ";", ")")
+        ):
+            return False
         if role.reach == "near":
             ends = (",", ";", "with", "and", "or", "in", "of", ":", ")", "for")
             return len(between) <= _NEAR and not any(self.words[at].text in ends for at in between)
-        return not any(self._closes(at, cue, role, target) for at in between)
+        return not any(self._closes(at, cue, target) for at in between)
 
-    def _closes(self, at: int, cue: Cue, role: Role, target: range) -> bool:
+    def _closes(self, at: int, cue: Cue, target: range) -> bool:
         """True where the word at `at`, between a cue and a target behind it, ends the cue's clause."""
         text = self.words[at].text
         if text in (";", "-", "?"):
@@ -274,7 +293,7 @@ class _Sentence:
         return denied or not exists or stated or (first in _SIDED and not listed)
 
     def _resumes(self, at: int, cue: Cue) -> bool:
-        """"Fever, no cough, and dyspnea": a denial amid a list denies one item."""
+        """ "Fever, no cough, and dyspnea": a denial amid a list denies one item."""
         between = [word.text for word in self.words[cue.end : at]]
         amid = cue.start > 0 and self.words[cue.start - 1].text == ","
         return amid and between.count(",") == 1 and between[-1] == ","
@@ -307,7 +326,7 @@ class _Sentence:
         if any(word in _FINITE or word in ("with", "without", "no", "for", "from", ":") for word in between):
             return False
         if "(" in between and ")" not in between:
-            return False
+            return between == ["("] and role.reach in ("end", "last")
         if "," in between and len(between) > 1:
             last = between[len(between) - between[::-1].index(",") :]
             if last and not {"and", "or", "nor", "both", "all"} & set(last):
@@ -315,7 +334,7 @@ class _Sentence:
         return not any(word in (",", "and") for word in between) or not self._stated_before(target)
 
     def _between(self, target: range, cue: Cue) -> list[str]:
-        """The words between, less "is" before an adjective and less the "which" or "but this" that takes the target up."""
+        """The words between, less an "is" before the cue and a "which" or "but this" that takes the target up."""
         between = [self.words[at].text for at in range(target.stop, cue.start)]
         while between and between[-1] in _AUXILIARIES:
             between.pop()
@@ -334,26 +353,14 @@ class _Sentence:
         return False
 
 
-def _decide(before: list[tuple[Role, str, bool]], after: list[tuple[Role, str, bool]]) -> Reading:
-    """The nearer clause speaks first; within one clause a denial outweighs a doubt."""
-    close = [item for item in after if not item[2]]
-    if close and before and all(item[2] for item in before):
+def _decide(before: list[Reach], after: list[Reach]) -> Reading:
+    """The nearer clause speaks first; within one clause a denial outweighs a doubt, but for one that excludes it:
+    "no effusion, although a small one cannot be excluded"."""
+    if any(not reach.separated for reach in after) and all(reach.separated for reach in before):
         before = []
-    for what in (Assertion.negated, Assertion.uncertain):
-        if what is Assertion.negated and _doubted(before, after):
-            continue
-        for role, text, _ in [*before, *after]:
-            if role.what == what.value:
-                return Reading(what, text)
-    return Reading(Assertion.affirmed, "")
-
-
-def _doubted(before: list[tuple[Role, str, bool]], after: list[tuple[Role, str, bool]]) -> bool:
-    """ "No effusion, although small effusion cannot be excluded": a doubt behind beats a denial before."""
-    post = [role.what for role, _, _ in after]
-    return (
-        bool(post)
-        and "negated" not in post
-        and any("exclu" in t or "ruled" in t for _, t, _ in after)
-        and bool(before)
-    )
+    denials = [reach for reach in (*before, *after) if reach.role.what == Assertion.negated.value]
+    doubts = [reach for reach in (*before, *after) if reach.role.what == Assertion.uncertain.value]
+    excluded = before and any("exclu" in reach.text or "ruled" in reach.text for reach in after if reach in doubts)
+    if denials and not (excluded and not any(reach in denials for reach in after)):
+        return Reading(Assertion.negated, denials[0].text)
+    return Reading(Assertion.uncertain, doubts[0].text) if doubts else Reading(Assertion.affirmed, "")

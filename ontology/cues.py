@@ -13,6 +13,12 @@ from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
+
+def bag(words: str) -> frozenset[str]:
+    """The words of a line."""
+    return frozenset(words.split())
+
+
 TRIGGERS = Path(__file__).parent / "triggers" / "triggers.txt"
 _WORD = re.compile(
     r"\(-\)|\(\+\)|\(\?\)|\+/-|and/or|[wrshc]/[op]?\b|[a-z0-9]+(?:['’][a-z]+)?|[?:;,()=]|(?<=\s)[-–—](?=\s)|[–—]|\n"
@@ -21,15 +27,18 @@ _RUN_TOGETHER = {"cannot": "can", "cant": "can", "dont": "do", "doesnt": "does",
 _RUN_TOGETHER |= {"wasnt": "was", "arent": "are", "werent": "were", "hasnt": "has", "havent": "have", "wont": "will"}
 _DASHES = {"–": "-", "—": "-", "=": ":"}
 _ENDS = frozenset([",", ";", ")", "(", "-", "\n"])
-_NO_NOUN = _ENDS | frozenset(
-    "in at on within by for with and or but however though although as given from during after on since today "
-    "now currently yesterday again because which per : this here anywhere bilaterally while".split()
+_NO_NOUN = _ENDS | bag(
+    "in at on within by for with and or but however though although as given from during after on since today over "
+    "now currently yesterday again because which per : this here anywhere bilaterally while"
 )
 _END = ""  # key of a trie node that holds the roles of the phrase that ends there
 
 
 class Role(NamedTuple):
-    """What a phrase does. where: pre, post, pseudo or stop; what: negated or uncertain; reach: clause, near, last or end."""
+    """What a phrase does.
+
+    where: pre, post, pseudo or stop; what: negated or uncertain; reach: clause, near, last or end.
+    """
 
     where: str
     what: str = ""

@@ -36,7 +36,10 @@ HEDGES: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("borderline", re.compile(r"borderline")),
     ("excluded", re.compile(r".*(?:exclu|ruled? out|r/o)")),
     ("question", re.compile(r"(?:\?|\(\?\)|quer|question|if\b|evaluat|assess|correlat|check|test|rule|risk|to )")),
-    ("possible", re.compile(r".*\b(?:may|might|could|would|possib|perhaps|maybe|potential|differential|concern|worr|susp)")),
+    (
+        "possible",
+        re.compile(r".*\b(?:may|might|could|would|possib|perhaps|maybe|potential|differential|concern|worr|susp)"),
+    ),
     ("suggestive", re.compile(r".*suggest")),
     ("probable", re.compile(r".*(?:probab|likely|presum|favor|favour|most xxxx|thought|felt|believed)")),
 )
@@ -103,8 +106,8 @@ def hedge(reading: Reading) -> str | None:
     return next((name for name, pattern in HEDGES if pattern.match(reading.cue)), "other")
 
 
-def load_labels(name_or_path: str | Path | None = None) -> LabelSet:
-    """A shipped label set by name (None: `chest14`), or one from a TOML file.
+def load_labels(name_or_path: str | Path | None = None, *, conventions: bool = True) -> LabelSet:
+    """A shipped label set by name (None: `chest14`), or one from a TOML file; without its conventions where told so.
 
     Raises NotFound for an unknown name, Invalid for a file that is no label set.
     """
@@ -115,13 +118,13 @@ def load_labels(name_or_path: str | Path | None = None) -> LabelSet:
         shipped = ", ".join(sorted(found.stem for found in LABEL_SETS.glob("*.toml") if "labels" in _read(found)))
         raise NotFound(f"no label set {str(name_or_path)!r}: expected a TOML file or one of {shipped}")
     data = _read(path)
-    conventions: dict[str, Any] = {}
-    if "conventions" in data:
+    habits: dict[str, Any] = {}
+    if conventions and "conventions" in data:
         beside = path.parent / str(data["conventions"])
         if not beside.is_file():
             raise NotFound(f"label set {path.name} names conventions {beside.name!r}, which do not lie beside it")
-        conventions = _read(beside)
-    return LabelSet(tuple(_labels(data, conventions, path.name)))
+        habits = _read(beside)
+    return LabelSet(tuple(_labels(data, habits, path.name)))
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -169,7 +172,9 @@ def _readings(table: dict[str, Any], file: str, name: str) -> dict[str, str]:
     for kind, state in table.items():
         if kind not in KINDS or state not in STATES:
             expected = f"one of {', '.join(KINDS)} = one of {', '.join(STATES)}"
-            raise Invalid(f"{file}: got {kind} = {state!r} among the readings of {name}, expected {expected}", field=name)
+            raise Invalid(
+                f"{file}: got {kind} = {state!r} among the readings of {name}, expected {expected}", field=name
+            )
     return table
 
 
@@ -188,7 +193,7 @@ def label_documents(documents: Iterable[Document], linker: Linker, labels: Label
 
 
 def said_once(findings: Iterable[Finding]) -> list[Finding]:
-    """Each mention with its first assertion: an index is told twice of a doubt that leans to presence, a reader once."""
+    """Each mention with its first assertion: an index hears twice of a doubt that leans to presence, a reader once."""
     once: dict[tuple[str, tuple[int, int]], Finding] = {}
     for finding in findings:
         once.setdefault((finding.concept, finding.span), finding)
@@ -210,7 +215,7 @@ def ancestry(linker: Linker) -> Ancestors:
     """The concepts above a concept, where the linker has an ontology (`tables`); none elsewhere."""
     tables: Tables | None = getattr(linker, "tables", None)
     if tables is None:
-        return lambda concept: frozenset()
+        return lambda _: frozenset()
     return lru_cache(maxsize=None)(partial(_above, tables))
 
 
@@ -248,7 +253,7 @@ def _surface(text: str, span: tuple[int, int]) -> str:
 
 
 def _read_again(text: str, findings: Sequence[Finding]) -> list[Reading]:
-    """The cue behind each assertion. Where the linker reads a mention otherwise (a name for normality), it is right."""
+    """The cue behind each assertion. Where the linker reads otherwise (a name of the normal), it is right."""
     again = readings(text, [finding.span for finding in findings])
     return [
         reading if reading.assertion is finding.assertion else Reading(finding.assertion, "")

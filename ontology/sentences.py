@@ -7,6 +7,8 @@ from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
+from ontology.cues import bag
+
 _CANDIDATE = re.compile(
     r"(?P<stop>[.!?]+)[\"')\]]*(?=\s|[A-Z]|$)"
     r"|(?P<line>\s*\n\s*)"
@@ -16,16 +18,16 @@ _CANDIDATE = re.compile(
 )
 _ANSWER = re.compile(r"(?:no|none|yes|negative|denie[sd])\b[.,;]?(?!\s+[a-z])", re.IGNORECASE)
 _WORD_BEFORE = re.compile(r"[A-Za-z0-9.'/-]+$")
-_ABBREVIATIONS = frozenset(
+_ABBREVIATIONS = bag(
     "dr drs mr mrs ms vs v approx e.g i.e eg ie pt st jr sr fig prof ca cf al resp assoc dept incl esp temp "
-    "ant post lat inf sup med bilat abd hx dx rx tx sx".split()
+    "ant post lat inf sup med bilat abd hx dx rx tx sx"
 )
-_OPENERS = frozenset("No The There He She It This Heart Lungs Normal Without Stable Patient We Bones".split())
-_JOINS_NEXT = frozenset(
+_OPENERS = bag("No The There He She It This Heart Lungs Normal Without Stable Patient We Bones")
+_JOINS_NEXT = bag(
     "no not without of or and nor for with in the a an any to by on at is are was were has have denies denied "
-    "evidence possible probable likely new old left right versus vs no, acute focal mild large small".split()
+    "evidence possible probable likely new old left right versus vs no, acute focal mild large small"
 )
-_JOINS_PREVIOUS = frozenset("or and nor of versus vs".split())
+_JOINS_PREVIOUS = bag("or and nor of versus vs")
 _ITEM = re.compile(r"(?:[-*•●▪◦+]\s|\(?\d{1,2}[.)]|[A-Za-z][.)]\s|[A-Za-z][\w /&-]{0,40}:)")
 _LONGEST = 1000  # characters: keeps reading linear in texts without a full stop
 _OVERLAPS = 8  # mentions that may overlap at one place
@@ -35,8 +37,9 @@ _WRAPPED = 40  # characters: a shorter line was ended on purpose
 def sentences(text: str, keep: Sequence[tuple[int, int]] = ()) -> list[tuple[int, int]]:
     """Character ranges that cover `text`, in order; no boundary falls inside a range of `keep`.
 
-    >>> [("1.No acute disease of Dr. Roe. 2. Mass"[a:b]) for a, b in sentences("1.No acute disease of Dr. Roe. 2. Mass")]
-    ['1.', 'No acute disease of Dr. Roe.', ' 2.', ' Mass']
+    >>> text = "1.No acute disease of Dr. Roe. 2. Mass"
+    >>> [text[a:b] for a, b in sentences(text)]
+    ['1.', 'No acute disease of Dr. Roe.', ' ', '2. Mass']
     """
     kept = sorted(keep)
     starts = [start for start, _ in kept]

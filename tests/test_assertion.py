@@ -7,6 +7,7 @@ import random
 import re
 import string
 import time
+from pathlib import Path
 
 import pytest
 
@@ -275,6 +276,12 @@ def parse(case: str) -> tuple[str, list[tuple[int, int]], list[Assertion]]:
     ],
 )
 def test_a_case_reads_as_marked(case: str) -> None:
+    text, spans, wanted = parse(case)
+    assert assertions(text, spans) == wanted
+
+
+@pytest.mark.parametrize("case", (Path(__file__).parent / "assertion_cases.txt").read_text().splitlines())
+def test_sentences_of_reports_and_discharge_summaries_read_as_marked(case: str) -> None:
     text, spans, wanted = parse(case)
     assert assertions(text, spans) == wanted
 
