@@ -495,7 +495,7 @@ def _quiet() -> None:
     if os.environ.get("LIGHTBOX_DEBUG") != "1":
         os.environ.setdefault("TQDM_DISABLE", "1")
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-        warnings.simplefilter("ignore")
+        warnings.showwarning = lambda *_, **__: None  # a filter would not do: spaCy sets its own
 
 
 def _home_first(arguments: list[str]) -> list[str]:

@@ -95,7 +95,7 @@ def say(line: str) -> None:
 def hits(answer: Mapping[str, Any], explain: bool) -> Iterator[str]:
     """The hits of an answer, a few lines each."""
     for rank, hit in enumerate(answer["hits"], 1):
-        sure = f"  sure {hit['confidence']:.2f}" if hit.get("confidence") is not None else ""
+        sure = f"  confidence {hit['confidence']:.2f}" if hit.get("confidence") is not None else ""
         yield f"{rank:3}  {hit['score']:.4f}{sure}  {hit['id']}  {hit.get('title') or ''}".rstrip()
         text = " ".join((hit.get("text") or "").split())
         if text:
