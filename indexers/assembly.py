@@ -14,6 +14,7 @@ import numpy as np
 from indexers import shards
 from indexers.embedded import point
 from indexers.generation import Generation
+from indexers.publish import publish
 from indexers.shards import VectorWriter, disk
 from indexers.snapshot import EmbeddedSnapshot, Key
 from indexers.store import Record, Rows, Store
@@ -69,7 +70,7 @@ class Assembly:
 
     def publish(self, progress: Progress) -> None:
         generation = Generation(self.home, self.number, self.folder)
-        generation.publish(generation.load(), progress)
+        publish(generation, generation.load(), progress)
         generation.close()
 
     def repeat(self, before: EmbeddedSnapshot, after: EmbeddedSnapshot) -> None:

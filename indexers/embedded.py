@@ -21,6 +21,7 @@ import numpy as np
 
 from indexers import shards
 from indexers.generation import Generation
+from indexers.publish import publish
 from indexers.shards import Damaged, disk
 from indexers.snapshot import EmbeddedSnapshot
 from indexers.store import Record
@@ -134,7 +135,7 @@ class Embedded:
     def publish(self) -> None:
         """Shows everything that was written, all at once, and mends what is damaged."""
         with self._writing():
-            self._generation.publish(self._snapshot)
+            publish(self._generation, self._snapshot)
             if _pointed(self.folder) is None:
                 point(self.folder, self._generation.number)
             self.snapshot()

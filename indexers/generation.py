@@ -16,10 +16,10 @@ A derived part that is missing, damaged or behind is replaced by reading the sto
 from __future__ import annotations
 
 import json
-import shutil
 import threading
-import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 from weakref import WeakValueDictionary
@@ -32,19 +32,18 @@ from indexers.columns import Columns
 from indexers.rows import Base, Rows
 from indexers.scan import Stored
 from indexers.shards import Damaged
-from indexers.snapshot import OK, SOUND, VERIFYING, EmbeddedSnapshot, Key, Stretch
-from indexers.store import Reader, State, Store
+from indexers.snapshot import OK, VERIFYING, EmbeddedSnapshot, Key, Stretch
+from indexers.store import Reader, Shard, State, Store
 from indexers.vectors import SideIndex, parse_spec
 from retrieval.errors import BackendError
-from retrieval.types import Progress, SpaceInfo
+from retrieval.types import SpaceInfo
 
 Manifest = dict[str, Any]
 T = TypeVar("T")
 BACKGROUND_BYTES = 1 << 30  # derived parts from this size on are verified while they are used already
 RETRIES = 5
+HASHING_THREADS = 4
 FLAT = parse_spec("flat")
-SEALED_AT = 2_048  # fresh vectors of a side; more than this are no tail any more
-REWRITTEN_AT = 0.1  # share of rows that are new or dead since a derived part was made whole
 
 
 def quiet(phase: str, done: int, total: int | None) -> None:
@@ -56,7 +55,7 @@ def as_spaces(about: Mapping[str, Any]) -> dict[str, SpaceInfo]:
 
 
 class Generation:
-    """The files of one generation. Loading takes no lock; publishing is for the holder of the writer lock."""
+    """The files of one generation, and how they are loaded. Takes no lock; see `indexers.publish` for changes."""
 
     def __init__(self, home: Path, number: int, folder: Path | None = None) -> None:
         self.home = home
@@ -101,8 +100,10 @@ class Generation:
             if rows.documents != state.documents:
                 raise Damaged(f"the store holds {rows.documents} of {state.documents} documents; "
                               "roll back, or index the source again")  # fmt: skip
+            held = [shard for shard in reader.shards() if _published(shard.rows, rows)]
+            self._verify_shards([self.shards / shard.name for shard in held])
             stretches = {
-                (space, side): self._stretches(reader, (space, side), rows, manifest, about, parts)
+                (space, side): self._stretches(reader, (space, side), held, rows, manifest, parts)
                 for space, (_, digests) in about["spaces"].items()
                 for side in digests
             }
@@ -166,17 +167,14 @@ class Generation:
         return Rows.over(base, columns)
 
     def _stretches(
-        self, reader: Reader, key: Key, rows: Rows, manifest: Manifest, about: Mapping[str, Any], parts: dict[str, str]
+        self, reader: Reader, key: Key, shards: Sequence[Shard], rows: Rows, manifest: Manifest, parts: dict[str, str]
     ) -> tuple[Stretch, ...]:
         """The vectors of a side: those that an index covers, then those that are searched exactly."""
-        held = [
-            shard for shard in reader.shards() if (shard.space, shard.side) == key and _published(shard.rows, rows)
-        ]
-        chunks: list[NDArray[Any]] = [self._matrix(shard.name) for shard in held]
+        held = [shard for shard in shards if (shard.space, shard.side) == key]
+        chunks: list[NDArray[Any]] = [self.matrix(shard.name) for shard in held]
         owners = [shard.rows for shard in held]
-        covered = len(held)
-        index = None
-        if about["vector_index"] != "flat":
+        covered, index = len(held), None
+        if reader.about()["vector_index"] != "flat":
             covered, index = self._indexed(key, chunks, manifest, parts)
         tail_rows, tail = reader.tail(*key, stop=len(rows))
         rest = [*chunks[covered:], np.stack(tail)] if tail else chunks[covered:]
@@ -208,7 +206,8 @@ class Generation:
         parts[name] = state
         return entry["shards"], index
 
-    def _matrix(self, name: str) -> NDArray[np.float32]:
+    def matrix(self, name: str) -> NDArray[np.float32]:
+        """The vectors of a shard, mapped into memory."""
         try:
             self._verify(self.shards / name)
             return self._once(name, lambda: shards.read(self.shards / name, check=False)["matrix"])
@@ -229,6 +228,18 @@ class Generation:
             return None
         parts["lexical"] = state
         return found
+
+    def _verify_shards(self, paths: Sequence[Path]) -> None:
+        """Several at once, since hashing lets go of the interpreter; `matrix` says what was wrong."""
+
+        def attempt(path: Path) -> None:
+            with suppress(Damaged):
+                self._verify(path)
+
+        fresh = [path for path in paths if path not in self._verified]
+        if len(fresh) > 1:
+            with ThreadPoolExecutor(HASHING_THREADS) as pool:
+                list(pool.map(attempt, fresh))
 
     def _verify(self, path: Path, files: shards.Checksums | None = None) -> str:
         """`OK`, or `VERIFYING` for what is so large that it is looked at in the background; Damaged otherwise.
@@ -265,125 +276,6 @@ class Generation:
 
     def _check(self, path: Path, files: shards.Checksums | None) -> None:
         shards.verify(path) if files is None else shards.verify_folder(path, files)
-
-    # --- publishing ------------------------------------------------------------------------------
-
-    def publish(self, now: EmbeddedSnapshot, progress: Progress = quiet) -> None:
-        """Shows all that was written, and mends derived parts. `now` is what is published at present."""
-        with self.store.reading() as reader:
-            state = reader.state()
-            deaths = reader.deaths(state.sequence, state.sequence + 1)
-        if state.next == state.rows and not len(deaths) and now.sound:
-            return
-        with self.store.reading() as reader:
-            rows = now.rows.extended(reader.records(state.rows, state.next), state.next, deaths)
-        old = self.manifest(state)
-        manifest: Manifest = {"format": 1, "sequence": state.sequence + 1}
-        manifest["rows"] = self._publish_rows(rows, now, old, state.sequence + 1)
-        manifest["lexical"] = self._publish_words(rows, now, old, deaths)
-        sealed = self._seal_tails(rows, now)
-        manifest["vectors"] = self._publish_vectors(now, old, sealed, progress)
-        name = shards.write_bytes(self.folder, "manifest", json.dumps(manifest).encode(), "json")
-        with self.store.writing() as writer:
-            for (space, side), (shard, held) in sealed.items():
-                writer.add_shard(space, side, shard, held)
-            writer.publish(name)
-        self.store.checkpoint()
-        self._sweep({name, state.manifest or name}, [old, manifest])
-
-    def _publish_rows(self, rows: Rows, now: EmbeddedSnapshot, old: Manifest, sequence: int) -> Manifest:
-        entry = old.get("rows")
-        if entry and now.parts["rows"] == OK and not _much(len(rows) - entry["rows"], len(rows), 1_000):
-            return dict(entry)
-        name = shards.write(self.folder, "rows", rows.arrays())
-        file = shards.temporary(self.folder)
-        try:
-            rows.columns.save(file)
-            columns = shards.seal(file, self.folder, "columns", "columns")
-        finally:
-            file.unlink(missing_ok=True)
-        return {"name": name, "columns": columns, "rows": len(rows), "sequence": sequence}
-
-    def _publish_words(self, rows: Rows, now: EmbeddedSnapshot, old: Manifest, deaths: NDArray[np.int32]) -> Manifest:
-        entry = old.get("lexical") if now.parts["lexical"] in SOUND else None
-        if entry and len(rows) == len(now.rows) and not len(deaths):
-            return dict(entry)
-        # Deleted documents stay in tantivy's averages until their segment is written anew.
-        deleted = 0 if entry is None else entry["deleted"] + len(deaths)
-        target = self.folder / f"lexical-{uuid.uuid4().hex}"
-        if entry is None or _much(deleted, rows.documents, 10):
-            files, deleted = lexical.grow(None, target, self._texts(rows, 0), ()), 0
-        else:
-            fresh = self._texts(rows, len(now.rows))
-            files = lexical.grow(self.folder / entry["folder"], target, fresh, deaths.tolist())
-        return {"folder": target.name, "files": files, "deleted": deleted}
-
-    def _texts(self, rows: Rows, start: int) -> Iterator[tuple[int, str]]:
-        with self.store.reading() as reader:
-            for record in reader.records(start, len(rows)):
-                if rows.alive[record.row]:
-                    yield record.row, record.content
-
-    def _seal_tails(self, rows: Rows, now: EmbeddedSnapshot) -> dict[Key, tuple[str, NDArray[np.int32]]]:
-        """Writes long tails as shards: (space, side) -> (name, rows)."""
-        sealed: dict[Key, tuple[str, NDArray[np.int32]]] = {}
-        with self.store.reading() as reader:
-            for key in now.sides:
-                held, vectors = reader.tail(*key, stop=len(rows))
-                alive = rows.alive[held]
-                if int(alive.sum()) >= SEALED_AT:
-                    matrix = np.stack(vectors)[alive]
-                    sealed[key] = shards.write(self.shards, "vectors", {"matrix": matrix}), held[alive]
-                    shards.sync_folder(self.shards)
-        return sealed
-
-    def _publish_vectors(
-        self,
-        now: EmbeddedSnapshot,
-        old: Manifest,
-        sealed: Mapping[Key, tuple[str, NDArray[np.int32]]],
-        progress: Progress,
-    ) -> Manifest:
-        if now.vector_index == "flat":
-            return {}
-        with self.store.reading() as reader:
-            held = reader.shards()
-        out: Manifest = {}
-        for space, side in now.sides:
-            name = f"{space}/{side}"
-            names = [shard.name for shard in held if (shard.space, shard.side) == (space, side)]
-            names += [sealed[space, side][0]] if (space, side) in sealed else []
-            entry = old.get("vectors", {}).get(name) if now.parts.get(f"vectors {name}") in SOUND else None
-            chunks = [self._matrix(shard) for shard in names]
-            if entry and not _much(sum(map(len, chunks[entry["shards"] :])), sum(map(len, chunks)), 10_000):
-                out[name] = entry
-            elif chunks:
-                out[name] = self._index_vectors(chunks, now.vector_index, progress)
-        return out
-
-    def _index_vectors(self, chunks: Sequence[NDArray[Any]], spec: str, progress: Progress) -> Manifest:
-        target = self.folder / f"vectors-{uuid.uuid4().hex}"
-        SideIndex.build(chunks, parse_spec(spec), progress).save(target)
-        return {"folder": target.name, "files": shards.checksums(target), "shards": len(chunks)}
-
-    def _sweep(self, names: set[str], manifests: Sequence[Manifest]) -> None:
-        """Deletes what neither this publish nor the one before it names: a reader may be opening the latter."""
-        keep = names | {"store.sqlite", "store.sqlite-wal", "store.sqlite-shm", "writes", "withdrawn"}
-        for manifest in manifests:
-            keep |= set(_named(manifest))
-        for path in self.folder.iterdir():
-            if path.name not in keep:
-                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
-
-
-def _named(manifest: Manifest) -> Iterator[str]:
-    if manifest:
-        yield from (manifest["rows"]["name"], manifest["rows"]["columns"], manifest["lexical"]["folder"])
-        yield from (entry["folder"] for entry in manifest["vectors"].values())
-
-
-def _much(changed: int, total: int, least: int) -> bool:
-    return changed > max(least, REWRITTEN_AT * total)
 
 
 def _published(held: NDArray[np.int32], rows: Rows) -> bool:

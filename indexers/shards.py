@@ -130,7 +130,9 @@ def write(folder: Path, label: str, arrays: Mapping[str, Array], durable: bool =
 def write_bytes(folder: Path, label: str, content: bytes, ending: str) -> str:
     """Seals bytes and returns the file's name."""
     name = f"{label}-{hashlib.sha256(content).hexdigest()}.{ending}"
-    if not (folder / name).exists():
+    try:
+        verify(folder / name)
+    except Damaged:
         replace_file(folder / name, content)
     return name
 

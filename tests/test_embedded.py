@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from indexers import embedded, generation
+from indexers import embedded, generation, publish
 from indexers.embedded import Embedded, open_index, writer_lock
 from indexers.rebuild import build, rebuild
 from retrieval.errors import Invalid, NotFound
@@ -163,7 +163,7 @@ def test_threads_read_while_another_writes(tmp_path: Path) -> None:
 def test_fresh_vectors_are_searched_exactly_and_sealed_in_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    monkeypatch.setattr(generation, "SEALED_AT", 8)
+    monkeypatch.setattr(publish, "SEALED_AT", 8)
     index = made(tmp_path / "c", 30, kind)
     add(index, documents(30, 35))
     index.publish()
@@ -199,8 +199,8 @@ def test_a_large_write_gets_a_shard_of_its_own(tmp_path: Path, monkeypatch: pyte
 def test_an_index_over_vectors_is_made_anew_once_much_is_fresh(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(generation, "SEALED_AT", 8)
-    monkeypatch.setattr(generation, "_much", lambda changed, total, least: changed > 15)
+    monkeypatch.setattr(publish, "SEALED_AT", 8)
+    monkeypatch.setattr(publish, "_much", lambda changed, total, least: changed > 15)
     index = made(tmp_path / "c", 30, "hnsw")
     for start in (30, 40, 50):
         add(index, documents(start, start + 10))

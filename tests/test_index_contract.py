@@ -245,7 +245,13 @@ def test_a_document_comes_back_as_it_went_in(index: Index) -> None:
     index.publish()
     got = index.snapshot().fetch(["ü/1"])[0]
     assert got is not None
-    assert (got.id, got.title, got.text, got.meta, got.findings) == (sent.id, sent.title, sent.text, meta, sent.findings)
+    assert (got.id, got.title, got.text, got.meta, got.findings) == (
+        sent.id,
+        sent.title,
+        sent.text,
+        meta,
+        sent.findings,
+    )
     assert got.image == Picture("p", b"", None, "images/p.png")
     assert index.snapshot().image("ü/1") == b"\x89PNG p"
 

@@ -13,7 +13,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from indexers import embedded, generation
+from indexers import embedded, publish
 from indexers.embedded import open_index
 from indexers.rebuild import build, rebuild, rollback
 from retrieval.analysis import tokens
@@ -180,9 +180,9 @@ def _holders(part: Part, postings: Any) -> Any:
 @pytest.fixture(autouse=True)
 def _small_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a few documents are enough to seal tails, to write shards and to rewrite derived parts."""
-    monkeypatch.setattr(generation, "SEALED_AT", 6)
+    monkeypatch.setattr(publish, "SEALED_AT", 6)
     monkeypatch.setattr(embedded, "SHARD_AT", 5)
-    monkeypatch.setattr(generation, "_much", lambda changed, total, least: changed > 3)
+    monkeypatch.setattr(publish, "_much", lambda changed, total, least: changed > 3)
 
 
 def test_any_history_equals_the_oracle() -> None:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from indexers import embedded, generation
+from indexers import embedded, publish
 from indexers.embedded import Embedded, open_index
 from indexers.rebuild import build, rebuild, rollback
 from retrieval.analysis import tokens
@@ -62,9 +62,9 @@ def source(state: State) -> list[Document]:
 
 def small_limits() -> None:
     """A few documents are enough to seal tails, write shards and rewrite derived parts."""
-    generation.SEALED_AT = 40
+    publish.SEALED_AT = 40
     embedded.SHARD_AT = 25
-    generation._much = lambda changed, total, least: changed > 60
+    publish._much = lambda changed, total, least: changed > 60
 
 
 def some_state(choose: random.Random, most: int) -> State:
@@ -161,7 +161,7 @@ def check_searches(index: Embedded, state: State, choose: random.Random) -> None
 
 def kill_and_compare(folder: Path, kills: int, seed: int) -> int:
     """How many of the kills cut a step short."""
-    small_limits_before = generation.SEALED_AT, embedded.SHARD_AT, generation._much
+    small_limits_before = publish.SEALED_AT, embedded.SHARD_AT, publish._much
     small_limits()
     choose = random.Random(seed)
     home = folder / "collection"
@@ -192,7 +192,7 @@ def kill_and_compare(folder: Path, kills: int, seed: int) -> int:
         check_searches(index, found, choose)
         written = shown = found
         index.close()
-    generation.SEALED_AT, embedded.SHARD_AT, generation._much = small_limits_before
+    publish.SEALED_AT, embedded.SHARD_AT, publish._much = small_limits_before
     return cut
 
 
