@@ -109,9 +109,3 @@ def test_a_wrong_key_is_refused_without_showing_it(keys: str, monkeypatch: pytes
     with pytest.raises(InputError, match="LIGHTBOX_API_KEYS: expected name:role:sha256hex") as error:
         load()
     assert keys.rpartition(":")[2] not in str(error.value)
-
-
-def test_every_setting_is_documented() -> None:
-    text = (Path(__file__).resolve().parents[1] / "docs" / "settings.md").read_text()
-    for field in Settings.model_fields:
-        assert f"`LIGHTBOX_{field.upper()}`" in text
