@@ -46,14 +46,13 @@ test-long: $(VENV)/.test  ## soak, faults on several nodes, thousands of fuzz ca
 	LIGHTBOX_TESTS=long $(PY) -m pytest -m "long or not long" --timeout 3600
 
 check: $(VENV)/.test  ## format, lint, strict types, import contracts
-	$(VENV)/bin/ruff format --check $(PACKAGES) tests benchmarks demo
-	$(VENV)/bin/ruff check $(PACKAGES) tests benchmarks demo
+	$(VENV)/bin/ruff format --check $(PACKAGES) tests benchmarks demo docs
+	$(VENV)/bin/ruff check $(PACKAGES) tests benchmarks demo docs
 	$(VENV)/bin/mypy $(addprefix -p ,$(PACKAGES))
 	$(VENV)/bin/lint-imports
 
 bench: $(VENV)/.test  ## every benchmark, rivals each in a venv of its own under .bench
-	for file in benchmarks/*.py; do name=$$(basename $$file .py); \
-	  [ $$name = __init__ ] || $(PY) -m benchmarks.$$name || exit 1; done
+	set -e; for file in $$(grep -l __main__ benchmarks/*.py); do $(PY) -m benchmarks.$$(basename $$file .py); done
 
 gpu: $(VENV)/.run  ## FAISS for CUDA instead of FAISS for CPU
 	$(PY) -m pip uninstall --yes faiss-cpu
