@@ -12,7 +12,9 @@ from hypothesis import HealthCheck, settings
 ROOT = Path(__file__).resolve().parents[1]
 
 # Models come from packages and files; a test that would fetch one must fail instead.
-os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+os.environ.update(
+    HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false"
+)
 os.environ.setdefault("LIGHTBOX_DATA", str(ROOT.parent / "shared" / "data"))
 for name in ("LIGHTBOX_HOME", "LIGHTBOX_API_KEYS", "LIGHTBOX_DEBUG"):
     os.environ.pop(name, None)  # what the developer has set must not decide a test
