@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +22,7 @@ from indexers.shards import Array, Damaged
 from indexers.store import Record
 from retrieval.types import Document, Encoded, Encodings, Picture, Prepared, Rejected, Side, SpaceInfo
 
+ABANDONED_S = 14 * 24 * 3600.0  # shards of a build that was never finished
 _UNREADABLE = "unreadable"
 
 
@@ -120,9 +122,12 @@ class Batches:
         )
 
     def drop(self, keys: Sequence[str]) -> None:
-        """Forgets batches whose documents are in a collection now."""
+        """Forgets batches whose documents are in a collection now, and those that nobody came back for."""
         for key in keys:
             (self._folder / self._known.pop(key)).unlink(missing_ok=True)
+        for path in self._folder.iterdir():
+            if time.time() - path.stat().st_mtime > ABANDONED_S:
+                path.unlink(missing_ok=True)
 
 
 def _packed(values: object) -> Array:

@@ -31,6 +31,7 @@ from retrieval.types import Document, Encoded, Encodings, Picture, Side, SpaceIn
 WAIT_S = 30.0  # for another writer
 SHARD_AT = 1_024  # vectors in one write that get a shard of their own instead of the tail
 POINTER = "current"
+MOST_LEVELS = 64  # of nested metadata
 
 
 def open_index(folder: Path) -> Embedded:
@@ -226,16 +227,39 @@ def _stamp(folder: Path) -> tuple[int, int] | None:
 # --- what is written -------------------------------------------------------------------------------
 
 
-def as_record(row: int, document: Document, blob: str | None, source: str | None = None) -> Record:
-    """A document as it is stored; Invalid where it cannot be."""
+def check_document(document: Document) -> None:
+    """Invalid where a document cannot be stored, searched and given back as it is."""
+    name = f"document {document.id!a:.80}"
     if not document.id:
         raise Invalid("a document has an empty id")
-    if not all(map(_is_unicode, (document.id, document.title, document.text))):
-        raise Invalid(f"document {document.id!a:.80} holds text that is not valid Unicode")
+    path = document.image.path if isinstance(document.image, Picture) else document.image
+    texts = [document.id, document.title, document.text, str(path) if isinstance(path, str | Path) else ""]
+    if not all(map(_is_unicode, texts)):
+        raise Invalid(f"{name} holds text that is not valid Unicode")
+    if not isinstance(document.meta, Mapping) or _depth(document.meta) > MOST_LEVELS:
+        raise Invalid(f"{name}: its metadata are no JSON object of at most {MOST_LEVELS} levels")
     try:
-        return Record.of(row, document, blob, source)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise Invalid(f"document {document.id!a:.80}: its metadata are no JSON object") from error
+        json.dumps(document.meta)
+    except (TypeError, ValueError) as error:
+        raise Invalid(f"{name}: its metadata are no JSON object") from error
+
+
+def _depth(value: Any) -> int:
+    """Levels of nesting, counted without recursion and only as far as needed."""
+    level, nodes = 0, [value]
+    while nodes and level <= MOST_LEVELS:
+        level += 1
+        below = [
+            list(n.values()) if isinstance(n, Mapping) else n for n in nodes if isinstance(n, Mapping | list | tuple)
+        ]
+        nodes = [child for children in below for child in children]
+    return level
+
+
+def as_record(row: int, document: Document, blob: str | None, source: str | None = None) -> Record:
+    """A document as it is stored; Invalid where it cannot be."""
+    check_document(document)
+    return Record.of(row, document, blob, source)
 
 
 def check_encoded(key: tuple[str, Side], encoded: Encoded, documents: int, spaces: Mapping[str, SpaceInfo]) -> None:
@@ -271,7 +295,8 @@ def write_blob(folder: Path, document: Document) -> str | None:
         return None
     content = io.BytesIO()
     picture.pixels.save(content, "PNG")
-    folder.mkdir(exist_ok=True)
+    with disk("keeping an upload"):
+        folder.mkdir(exist_ok=True)
     return shards.write_bytes(folder, "upload", content.getvalue(), "png")
 
 

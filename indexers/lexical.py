@@ -32,7 +32,7 @@ K1, B = 1.2, 0.75  # fixed in tantivy
 Mask = NDArray[np.bool_]
 
 _HEAP_BYTES = 128_000_000
-_SLACK = 16  # fetched beyond k, so that most ties at the cut are seen at once
+_SLACK = 16  # fetched beyond 1.25 k, so that most ties at the cut are seen at once
 _SELECT_ROWS = 2_000  # up to so many allowed rows can be cheaper to name in the query than to fetch past
 _FETCH_CHEAP = 4_000
 _LOCKS = (".tantivy-meta.lock", ".tantivy-writer.lock")
@@ -128,9 +128,9 @@ class Lexical:
         if not wanted or share == 0.0:
             return Ranking()
         query = self._query(wanted)
-        limit = int(k / share) + _SLACK
+        limit = int(1.25 * k / share) + _SLACK
         if allowed is not None and limit > _FETCH_CHEAP and share * len(allowed) <= _SELECT_ROWS:
-            query, limit = self._among(query, np.flatnonzero(allowed)), k + _SLACK
+            query, limit = self._among(query, np.flatnonzero(allowed)), int(1.25 * k) + _SLACK
         total = self._searcher.num_docs
         while True:
             scores, rows = self._best(query, limit)

@@ -16,7 +16,7 @@ import numpy as np
 from indexers import shards
 from indexers.assembly import PARTIAL, Assembly, copied
 from indexers.batches import Batches, key_of, source_digest
-from indexers.embedded import current, finished, point, writer_lock
+from indexers.embedded import check_document, current, finished, point, writer_lock
 from indexers.generation import Generation, quiet
 from indexers.shards import Damaged, disk
 from indexers.snapshot import EmbeddedSnapshot
@@ -134,6 +134,8 @@ class _Encoding:
                 self._reject(document)
             elif document.id in seen:
                 self._reject(Rejected(None, document.id, "duplicate id; the first one stays"))
+            elif reason := _refusal(document):
+                self._reject(Rejected(None, document.id, reason))
             else:
                 seen.add(document.id)
                 batch.append(document)
@@ -185,6 +187,14 @@ class _Encoding:
         seconds = time.monotonic() - self._started
         rejected = len(self.rejected)
         return Summary(generation, documents, self.added, self.reused, rejected, self.folder / QUARANTINE, seconds)
+
+
+def _refusal(document: Document) -> str | None:
+    try:
+        check_document(document)
+    except Invalid as error:
+        return str(error)
+    return None
 
 
 # --- building beside the old -----------------------------------------------------------------------

@@ -223,8 +223,8 @@ def ranked(scores: NDArray[np.floating[Any]], rows: NDArray[np.integer[Any]], k:
         stop = start + int(np.searchsorted(-scores[start:], TIE - scores[start], "right"))
         runs.append((start, stop))
         start = stop
-    values = scores[:stop].tolist()
-    hits = [Hit(ids[row], score) for row, score in zip(rows[order[:stop]].tolist(), values, strict=True)]
+    names = [ids[row] for row in rows[order[:stop]].tolist()]
+    hits = list(map(Hit, names, scores[:stop].tolist()))
     for start, stop in runs:
         if stop - start > 1:
             hits[start:stop] = sorted(hits[start:stop], key=lambda hit: hit.id)

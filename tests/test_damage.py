@@ -6,6 +6,7 @@ answers or a clear refusal, never a wrong answer.
 
 from __future__ import annotations
 
+import contextlib
 import random
 import shutil
 import tempfile
@@ -239,10 +240,8 @@ def test_a_flipped_byte_in_the_store_never_gives_a_wrong_answer(home: Path, righ
     if seed % 2:  # nothing derived, so that everything is read from the store
         for path in named(home, "manifest-*"):
             path.unlink()
-    try:
+    with contextlib.suppress(BackendError):
         assert answers(open_index(home)) == right
-    except BackendError:
-        pass
 
 
 @pytest.mark.parametrize("harm", HARMS, ids=lambda harm: harm.name)

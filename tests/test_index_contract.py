@@ -436,3 +436,34 @@ def test_strange_ids_are_looked_up_without_harm(index: Index) -> None:
     strange = ["", "\ud800", "a\0", "x" * 10_000, "' OR 1=1"]
     assert index.snapshot().fetch(strange) == [None] * len(strange)
     assert index.remove(strange) == 0
+
+
+def nested(levels: int) -> dict[str, object]:
+    meta: dict[str, object] = {}
+    for _ in range(levels):
+        meta = {"a": [meta]}
+    return meta
+
+
+@pytest.mark.parametrize(
+    "meta",
+    [
+        {"n": 10**30, "m": -(2**63)}, {"n": 1e308 * 10, "m": float("nan")}, {"": 1, "a.b": 2, "a": {"b": 3}, "..": 4},
+        {"mixed": [1, "1", True, None, [2, [3]], {"x": 4}]}, {"\ud800": "\udfff"}, nested(20),
+        {str(n): n for n in range(2_000)},
+    ],
+)  # fmt: skip
+def test_strange_metadata_do_not_keep_others_from_being_published(index: Index, meta: dict[str, object]) -> None:
+    add(index, Document(id="strange", text="heart", meta=meta), text("plain", "heart", n=1))
+    assert words(index, "heart", 5, {"n": 1}) == ["plain"]
+    got = index.snapshot().fetch(["strange"])[0]
+    assert got is not None
+    assert repr(got.meta) == repr(meta)
+    add(index, text("later", "heart", n=2))
+    assert len(index.snapshot()) == 3
+
+
+@pytest.mark.parametrize("meta", [[1], "text", nested(40), nested(5_000)])
+def test_metadata_that_are_no_small_json_object_are_refused(index: Index, meta: object) -> None:
+    with pytest.raises(InputError):
+        index.add([Document(id="a", meta=meta)], {})  # type: ignore[arg-type]

@@ -177,6 +177,17 @@ def test_bad_items_go_to_the_quarantine_and_the_rest_goes_on(home: Path) -> None
     assert made(home, source).rejected == 3
 
 
+def test_documents_that_cannot_be_stored_are_left_out(home: Path) -> None:
+    bad = [
+        Document(id="\ud800"),
+        Document(id=""),
+        Document(id="a", text="\udfff"),
+        Document(id="b", meta={"n": object()}),
+    ]
+    done = made(home, [*bad, *documents(3)])
+    assert (done.documents, done.rejected) == (3, 4)
+
+
 @pytest.mark.parametrize("bad", [Rejected(3, None, "invalid JSON"), documents(1)[0], Document(id="x", text="bad")])
 def test_strict_stops_at_the_first_bad_item(home: Path, bad: Any) -> None:
     made(home, documents(2))
