@@ -6,8 +6,10 @@ them is built here, with a degree that takes seconds instead of minutes at the s
 
 from __future__ import annotations
 
+import re
 import sys
-from collections.abc import Callable, Sequence
+import uuid
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +21,9 @@ from ontology.trigrams import Candidate
 if TYPE_CHECKING:
     from ontology.linker import Span
 
-DEGREE, BREADTH, EFFORT = 16, 100, 100  # nmslib: M, efConstruction, efSearch
+_EXPLAINED = re.compile(r"\w \((?!X+\))(?=[^()]*[A-Z])[\w-]{2,10}\)")
+_PIECE = 10_000  # letters: the detector's effort grows with the square of a text
+DEGREE, BREADTH, EFFORT = 16, 100, 200  # nmslib: M, efConstruction, efSearch
 
 
 def import_spacy() -> Any:
@@ -40,6 +44,17 @@ def import_spacy() -> Any:
     return spacy
 
 
+def _pieces(text: str) -> Iterator[tuple[int, str]]:
+    """A text in pieces that end at white space, with their offsets."""
+    start = 0
+    while start < len(text):
+        end = start + _PIECE
+        if end < len(text):
+            end = max(text.rfind(" ", start, end), text.rfind("\n", start, end)) + 1 or end
+        yield start, text[start:end]
+        start = end
+
+
 class Pipeline:
     """Blank English with a sentence splitter and an abbreviation detector, and scispaCy's candidates."""
 
@@ -58,10 +73,11 @@ class Pipeline:
         found: list[list[Span]] = []
         for text in texts:
             spans: list[Span] = []
-            for short in self.nlp(text)._.abbreviations if "(" in text else ():
-                number = concept(short._.long_form.text)
-                if number is not None:
-                    spans.append(Span(short.start_char, short.end_char, number))
+            for start, piece in _pieces(text) if _EXPLAINED.search(text) else ():
+                for short in self.nlp(piece)._.abbreviations:
+                    number = concept(short._.long_form.text)
+                    if number is not None:
+                        spans.append(Span(start + short.start_char, start + short.end_char, number))
             found.append(spans)
         return found
 
@@ -106,5 +122,8 @@ class Pipeline:
             index.loadIndex(str(kept))
         else:
             index.createIndex({"M": DEGREE, "efConstruction": BREADTH, "post": 0}, print_progress=False)
+            made = kept.with_name(f"{kept.name}.{uuid.uuid4().hex}")
+            index.saveIndex(str(made))
+            made.replace(kept)
         index.setQueryTimeParams({"efSearch": EFFORT})
         return index

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import Stemmer
 
 _WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
-_PLAIN = re.compile(r"\s*(?:[-/’']\s?)?|\s*\n\s*(?=[a-z])")  # what may lie between two words of one mention
+_PLAIN = re.compile(r"\s*(?:[-/’':]\s?)?|\s*\n\s*(?=[a-z])")  # what may lie between two words of one mention
 _MAX_LETTERS = 60
 
 
