@@ -30,4 +30,5 @@ def configure() -> None:
     """Structured lines for our loggers and uvicorn's errors."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Lines())
-    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    logging.getLogger("lightbox").setLevel(logging.INFO)  # what libraries tell in passing is not ours to log

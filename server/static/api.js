@@ -14,7 +14,9 @@ async function send(path, options = {}) {
   const headers = new Headers(options.headers);
   const key = sessionStorage.getItem(KEY);
   if (key) headers.set("Authorization", `Bearer ${key}`);
-  const response = await fetch(path, { ...options, headers });
+  const response = await fetch(path, { ...options, headers }).catch(() => {
+    throw new Problem({ detail: "The server does not answer." }, 0);
+  });
   if (response.status === 401 && (await askForKey())) return send(path, options);
   if (!response.ok) {
     const body = await response.json().catch(() => ({}));

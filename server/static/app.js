@@ -15,6 +15,7 @@ const state = {
   fields: [], // metadata fields worth a facet, as the service tells them
   columns: [],
   request: 0,
+  opened: Promise.resolve(),
 };
 
 // --- the query ------------------------------------------------------------------------------------
@@ -37,6 +38,7 @@ function body(retriever, cursor) {
 }
 
 async function search() {
+  await state.opened; // words may be typed before the collection has told what it can do
   const parts = query();
   if (!parts.length) return say("Type some words, or drop a picture.");
   const mine = ++state.request;
@@ -127,7 +129,7 @@ function drawParts() {
 }
 
 function slider(name, value, change) {
-  const shown = element("output", {}, value.toFixed(1));
+  const shown = element("span", {}, value.toFixed(1));
   const input = element("input", { type: "range", min: "-1", max: "1", step: "0.1", value: String(value), oninput: () => {
     shown.textContent = Number(input.value).toFixed(1);
     change(Number(input.value));
@@ -144,12 +146,14 @@ function facets(found) {
     for (const value of chosen) if (!values.has(value)) values.set(value, 0);
     if (values.size < 2 && !chosen.size) return null;
     const chips = [...values].map(([value, count]) => element("button", {
-      type: "button", class: "chip", "aria-pressed": String(chosen.has(value)),
+      type: "button", class: "chip", "aria-pressed": String(chosen.has(value)), "data-chip": JSON.stringify([field, value]),
       onclick: () => toggle(field, value),
-    }, String(value), element("b", {}, String(count))));
+    }, `${value} `, element("b", {}, String(count))));
     return element("fieldset", {}, element("legend", {}, field), ...chips);
   });
+  const held = document.activeElement?.dataset.chip; // whoever filters by keyboard stays where they are
   $("facets").replaceChildren(...groups.filter(Boolean));
+  if (held) [...$("facets").querySelectorAll("[data-chip]")].find((chip) => chip.dataset.chip === held)?.focus();
 }
 
 function toggle(field, value) {
@@ -161,18 +165,22 @@ function toggle(field, value) {
 
 // --- collections -------------------------------------------------------------------------------------
 
-async function openCollection() {
+function openCollection() {
+  state.filters.clear();
+  state.parts = [];
+  drawParts();
+  for (const id of ["facets", "results"]) $(id).replaceChildren();
+  $("more").hidden = true;
+  state.opened = opening();
+  return state.opened;
+}
+
+async function opening() {
   const name = $("collection").value;
   const info = await get(collection(name));
   const legs = info.retrievers;
   $("retriever").replaceChildren(...legs.map((leg) => element("option", { value: leg, selected: leg === "hybrid" }, leg)));
   $("beside").replaceChildren(element("option", { value: "" }, "nothing"), ...legs.map((leg) => element("option", { value: leg }, leg)));
-  state.filters.clear();
-  state.parts = [];
-  drawParts();
-  $("facets").replaceChildren();
-  $("results").replaceChildren();
-  $("more").hidden = true;
   state.fields = info.facets.slice(0, MAX_FACETS);
   say(`${info.documents} documents. Type, drop a picture, or paste one.`);
 }
@@ -181,11 +189,11 @@ async function start() {
   const { collections } = await get("/v1/collections");
   if (!collections.length) return say("No collection yet: run “lightbox index NAME SOURCE”, then reload.");
   $("collection").replaceChildren(...collections.map(({ collection: name }) => element("option", { value: name }, name)));
-  await openCollection();
+  await opening();
   const wanted = new URLSearchParams(location.search).get("q");
   if (wanted) {
     $("text").value = wanted;
-    await search();
+    queueMicrotask(search);
   }
 }
 
@@ -195,7 +203,8 @@ function say(text) {
 }
 
 function fail(error) {
-  $("status").textContent = error instanceof Problem ? error.message : "The server does not answer.";
+  if (!(error instanceof Problem)) console.error(error);
+  $("status").textContent = error instanceof Problem ? error.message : "A fault of this page; its console tells more.";
   $("status").classList.add("error");
 }
 
@@ -208,7 +217,7 @@ $("text").addEventListener("keydown", (event) => {
 $("text").addEventListener("input", () => { if (state.parts.length) drawParts(); });
 $("file").addEventListener("change", () => { addFile($("file").files[0]); $("file").value = ""; });
 for (const id of ["retriever", "beside", "kind"]) $(id).addEventListener("change", () => { if (query().length) search(); });
-$("sure").addEventListener("input", () => { $("sure-value").textContent = Number($("sure").value) ? `${Math.round($("sure").value * 100)} %` : "any"; });
+$("sure").addEventListener("input", () => { $("sure").ariaValueText = $("sure-value").textContent = Number($("sure").value) ? `≥ ${Math.round($("sure").value * 100)} %` : "any"; });
 $("sure").addEventListener("change", () => { if (query().length) search(); });
 $("more").addEventListener("click", more);
 $("collection").addEventListener("change", () => openCollection().catch(fail));
@@ -234,4 +243,4 @@ for (const view of views) {
 }
 
 startJobs(() => $("collection").value);
-start().catch(fail);
+state.opened = start().catch(fail);

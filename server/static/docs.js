@@ -38,8 +38,8 @@ for (const [path, methods] of Object.entries(spec.paths)) {
   for (const [method, route] of Object.entries(methods)) {
     const answers = Object.entries(route.responses).map(([status, { description }]) => `${status} ${description}`).join(" · ");
     main.append(element("details", { class: "job" },
-      element("summary", {}, element("strong", {}, method.toUpperCase()), " ", element("code", {}, path)),
-      element("p", {}, route.description || ""),
+      element("summary", {}, element("strong", {}, method.toUpperCase()), " ", element("code", {}, path),
+        element("span", { class: "hint" }, ` ${route.description || ""}`)),
       ...(route.parameters || []).map((p) => element("p", {}, `${p.in} parameter `, element("code", {}, p.name), ` ${kind(p.schema)}`)),
       ...content("takes", route.requestBody),
       ...content("gives", route.responses["200"] || route.responses["201"] || route.responses["202"]),

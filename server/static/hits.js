@@ -97,7 +97,12 @@ function unitsOf(text) {
 
 function metadata(values) {
   const shown = Object.entries(values).filter(([, value]) => value != null && typeof value !== "object").slice(0, 8);
-  return shown.length ? element("div", { class: "meta" }, ...shown.map(([name, value]) => element("span", {}, `${name}: ${value}`))) : null;
+  return shown.length ? element("div", { class: "meta" }, ...shown.map(([name, value]) => element("span", {}, `${name}: `, link(value)))) : null;
+}
+
+function link(value) {
+  if (!/^https?:/.test(value) || !URL.canParse(value)) return String(value);
+  return element("a", { href: value, target: "_blank", rel: "noopener noreferrer" }, new URL(value).hostname);
 }
 
 function bar(parts) {
@@ -121,6 +126,6 @@ function whyTable(hit) {
   });
   const sum = element("tr", {}, element("th", { scope: "row", colspan: "5" }, "sum"), element("th", {}, hit.score.toFixed(4)));
   const head = element("tr", {}, ...["leg", "rank", "raw", "normalised", "weight", "share"].map((name) => element("th", { scope: "col" }, name)));
-  const said = hit.findings.length ? element("p", {}, "Says: ", hit.findings.map((f) => `${f.name} (${f.assertion})`).join(", ")) : null;
+  const said = hit.findings.length ? element("p", {}, "Says: ", [...new Set(hit.findings.map((f) => `${f.name} (${f.assertion})`))].join(", ")) : null;
   return element("div", {}, element("table", {}, element("thead", {}, head), element("tbody", {}, ...rows, sum)), said);
 }

@@ -20,7 +20,7 @@ async function run(submit, place) {
     await submit();
     await follow();
   } catch (error) {
-    $(place).prepend(element("p", { class: "status error", role: "alert" }, error instanceof Problem ? error.message : "The server does not answer."));
+    $(place).prepend(element("p", { class: "status error", role: "alert" }, error.message));
   }
 }
 
