@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 
@@ -29,17 +29,22 @@ class Counts(NamedTuple):
         return 2 * self.tp / max(1, 2 * self.tp + self.fp + self.fn)
 
 
+Interval = tuple[float, float, float]  # mean, and the ends of its 95 % interval
+
+
 class Agreement(NamedTuple):
     """Micro and macro F1 on positive labels, each with its 95 % bootstrap interval over reports, and per finding."""
 
-    micro: tuple[float, float, float]
-    macro: tuple[float, float, float]
+    micro: Interval
+    macro: Interval
     findings: Mapping[str, Counts]
 
 
 def micro(gold: Sequence[Collection[str]], found: Sequence[Collection[str]]) -> Counts:
     pairs = [(set(a) & set(FINDINGS), set(b) & set(FINDINGS)) for a, b in zip(gold, found, strict=True)]
-    return Counts(sum(len(a & b) for a, b in pairs), sum(len(b - a) for a, b in pairs), sum(len(a - b) for a, b in pairs))
+    return Counts(
+        sum(len(a & b) for a, b in pairs), sum(len(b - a) for a, b in pairs), sum(len(a - b) for a, b in pairs)
+    )
 
 
 def agreement(gold: Sequence[Collection[str]], found: Sequence[Collection[str]]) -> Agreement:
@@ -48,12 +53,14 @@ def agreement(gold: Sequence[Collection[str]], found: Sequence[Collection[str]])
     rng = np.random.default_rng(SEED)
     draws = rng.multinomial(len(a), np.full(len(a), 1 / len(a)), size=RESAMPLES)  # (R, N) times each report is drawn
     sums = np.einsum("rn,tnf->rtf", draws, terms)
-    low, high = np.percentile(_f1(sums.sum(2)), [2.5, 97.5]), np.percentile(_f1(sums).mean(1), [2.5, 97.5])
+    draws_of = _f1(sums.sum(2)), _f1(sums).mean(1)
     whole = terms.sum(1)
     counts = {name: Counts(*map(int, whole[:, at])) for at, name in enumerate(FINDINGS)}
-    return Agreement(
-        (float(_f1(whole.sum(1)[None])[0]), *map(float, low)), (float(_f1(whole[None]).mean()), *map(float, high)), counts
+    means = float(_f1(whole.sum(1)[None])[0]), float(_f1(whole[None]).mean())
+    micro, macro = (
+        (mean, *map(float, np.percentile(drawn, [2.5, 97.5]))) for mean, drawn in zip(means, draws_of, strict=True)
     )
+    return Agreement(cast(Interval, micro), cast(Interval, macro), counts)
 
 
 def _matrix(rows: Sequence[Collection[str]]) -> np.ndarray[tuple[int, int], np.dtype[np.bool_]]:
@@ -83,13 +90,15 @@ class Phrases(NamedTuple):
 Triggers = dict[str, re.Pattern[str]]
 _SENTENCE = re.compile(r"(?<=[.;])\s+|\n")
 # Where the lexicon's names differ from those of the gold.
-# Names of a place and no finding; the lexicon relies on a parser to tell a normal one. Without them the baseline gains.
-_PLACES = frozenset(["the heart", "heart size", "cardiac size", "cardiac shadow", "cardiac contour", "cardiac silhouette"])
+# Names of a place and no finding; the lexicon needs a parser to tell a normal one. The baseline gains without them.
+_PLACES = frozenset(
+    ["the heart", "heart size", "cardiac size", "cardiac shadow", "cardiac contour", "cardiac silhouette"]
+)
 _NAMES = {"Effusion": "Pleural Effusion", "Pleural_Thickening": "Pleural Thickening"}
 
 
 def baseline(lexicon: Path) -> Callable[[str], set[str]]:
-    """Text to labels: RadText's phrases for the ChestX-ray14 findings, its patterns and the NegEx triggers for denials."""
+    """Text to labels: RadText's phrases for the ChestX-ray14 findings, its patterns and NegEx triggers for denials."""
     phrases = _phrases((lexicon / "radtext" / "cxr14_phrases_v2.yml").read_text(encoding="utf-8"))
     triggers = _triggers((lexicon / "negex_triggers" / "negex_triggers.txt").read_text(encoding="utf-8"))
     patterns = _patterns((lexicon / "radtext" / "patterns" / "regex_negation.yml").read_text(encoding="utf-8"))
@@ -98,9 +107,7 @@ def baseline(lexicon: Path) -> Callable[[str], set[str]]:
         found = set()
         for sentence in _SENTENCE.split(text.lower()):
             for name, phrase in phrases.items():
-                if name not in found and any(
-                    not denied for denied in _denials(sentence, phrase, triggers, patterns)
-                ):
+                if name not in found and any(not denied for denied in _denials(sentence, phrase, triggers, patterns)):
                     found.add(name)
         return found
 
@@ -140,7 +147,9 @@ def _triggers(content: str) -> Triggers:
 
 
 def _patterns(content: str) -> list[str]:
-    return [line.split("pattern:")[1].strip() for line in content.splitlines() if "pattern:" in line and "#" not in line]
+    return [
+        line.split("pattern:")[1].strip() for line in content.splitlines() if "pattern:" in line and "#" not in line
+    ]
 
 
 def _phrases(content: str) -> dict[str, Phrases]:

@@ -15,10 +15,11 @@ from typing import NamedTuple
 from retrieval.files import read_source
 from retrieval.types import Document
 
-FINDINGS = (
+_NAMES = (
     "Atelectasis Cardiomegaly Effusion Infiltration Mass Nodule Pneumonia Pneumothorax Consolidation Edema Emphysema "
     "Fibrosis Pleural_Thickening"
-).split()  # Hernia has no gold
+)
+FINDINGS = _NAMES.split()  # Hernia has no gold
 TASKS = ("label_reports", "report_reports", "absent_reports")
 PHRASINGS = Path(__file__).with_name("ontology_phrasings.tsv")
 
@@ -32,7 +33,7 @@ class Report(NamedTuple):
 
 
 class Task(NamedTuple):
-    """Queries against reports. findings: what a query asks for, where it is one finding; grades: query -> id -> grade."""
+    """Queries against reports. grades: query -> id -> grade."""
 
     name: str
     kind: str

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from benchmarks.ontology_reports import FINDINGS, Report, Task
 from ontology.facets import Facets
 from ontology.graph import load
-from ontology.labels import LabelSet
+from ontology.labels import load_labels
 from ontology.lexicon import compiled
 from ontology.linker import Dictionary
 from ontology.tables import CHEST, Tables
@@ -74,7 +74,7 @@ class System:
         score = findings_score(self.scorer, self.index)
         linked = self.of_documents if task.kind == "report" else self.of_queries
         found = linked(list(task.queries.values()))
-        kind = "report" if task.kind == "report" else "text"
+        kind: Literal["text", "report"] = "report" if task.kind == "report" else "text"
         return {
             query: score(Part(text=text, kind=kind, findings=findings), postings)
             for (query, text), findings in zip(task.queries.items(), found, strict=True)
@@ -96,7 +96,9 @@ def ndcg(scores: Mapping[str, Scores], task: Task, ids: Sequence[str]) -> dict[s
         values = scores[query].copy()
         if query in numbers:
             values[numbers[query]] = 0
-        out[query] = float(np.mean([_gain(gains[top]) for top in _tops(values)]) / max(_gain(np.sort(gains)[::-1]), 1e-9))
+        out[query] = float(
+            np.mean([_gain(gains[top]) for top in _tops(values)]) / max(_gain(np.sort(gains)[::-1]), 1e-9)
+        )
     return out
 
 
@@ -150,21 +152,21 @@ def rare(reports: Sequence[Report]) -> set[str]:
 
 def bm25(reports: Sequence[Report], task: Task, k1: float = 1.2, b: float = 0.75) -> dict[str, Scores]:
     """Query -> (N,) BM25 over the product's own tokens."""
-    texts = [analysis.tokens(report.text) for report in reports]
-    lengths = np.array([len(text) for text in texts], np.float32)
+    held_by = [analysis.tokens(report.text) for report in reports]
+    lengths = np.array([len(tokens) for tokens in held_by], np.float32)
     norms = k1 * (1 - b + b * lengths / lengths.mean())
     counts: dict[str, dict[int, int]] = {}
-    for row, text in enumerate(texts):
-        for token in text:
+    for row, tokens in enumerate(held_by):
+        for token in tokens:
             held = counts.setdefault(token, {})
             held[row] = held.get(row, 0) + 1
     out = {}
     for query, text in task.queries.items():
-        total = np.zeros(len(texts), np.float32)
+        total = np.zeros(len(held_by), np.float32)
         for token in analysis.tokens(text):
             held = counts.get(token, {})
             rows, tf = np.array(list(held), np.int64), np.array(list(held.values()), np.float32)
-            idf = np.log(1 + (len(texts) - len(held) + 0.5) / (len(held) + 0.5))
+            idf = np.log(1 + (len(held_by) - len(held) + 0.5) / (len(held) + 0.5))
             total[rows] += np.float32(idf) * tf * (k1 + 1) / (tf + norms[rows])
         out[query] = total
     return out
@@ -173,22 +175,25 @@ def bm25(reports: Sequence[Report], task: Task, k1: float = 1.2, b: float = 0.75
 # --- ablations ---------------------------------------------------------------------------------------------------
 
 
-def systems(linker: Dictionary, labels: LabelSet, reports: Sequence[Report], task: Task) -> dict[str, System]:
+def systems(linker: Dictionary, reports: Sequence[Report], task: Task) -> dict[str, System]:
     """The whole system and what is left of it without one of its parts."""
+    labels = load_labels(conventions=False)
     link = _remembered(linker.link)
     query = _remembered(linker.link_queries)
-    flat = SimpleNamespace(tables=replace(linker.tables, parents=[[] for _ in linker.tables.parents]))
+    flat: Any = SimpleNamespace(tables=replace(linker.tables, parents=[[] for _ in linker.tables.parents]))
     bare = _Names(_without_synonyms(linker.tables))
-    codes = {name: sorted(label.concepts)[0] for name, label in zip(labels.names, labels.labels, strict=True)}
+    codes = {name: min(label.concepts) for name, label in zip(labels.names, labels.labels, strict=True)}
     oracle = {report.text: report.gold for report in reports}
     return {
         "whole": System(link, query, linker),
         "no negation": System(partial(_blind, link), partial(_blind, query), linker),
         "no synonyms": System(_remembered(bare.link), _remembered(bare.link_queries), linker),
-        "no hierarchy": System(link, query, flat),  # type: ignore[arg-type]
+        "no hierarchy": System(link, query, flat),
         "uniform weights": System(link, query, linker, Index(uniform=True)),
         "gold concepts": System(
-            partial(_coded, link, oracle, codes), partial(_asked, query, task, codes), flat  # type: ignore[arg-type]
+            partial(_coded, link, oracle, codes),
+            partial(_asked, task, codes),
+            flat,
         ),
     }
 
@@ -222,10 +227,10 @@ def _coded(
     return out
 
 
-def _asked(link: Link, task: Task, codes: Mapping[str, str], texts: Sequence[str]) -> list[tuple[Finding, ...]]:
+def _asked(task: Task, codes: Mapping[str, str], texts: Sequence[str]) -> list[tuple[Finding, ...]]:
     """The concept that the query was written for, denied where its id says so."""
     known = {text: query for query, text in task.queries.items()}
-    out = []
+    out: list[tuple[Finding, ...]] = []
     for text in texts:
         query = known[text]
         assertion = Assertion.negated if query.startswith("no-") else Assertion.affirmed

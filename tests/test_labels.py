@@ -9,16 +9,14 @@ from types import SimpleNamespace
 
 import pytest
 
+from benchmarks.ontology_reports import FINDINGS
 from ontology.assertion import Reading, readings
 from ontology.labels import LabelSet, hedge, label_documents, load_labels
 from retrieval.errors import Invalid, NotFound
 from retrieval.types import Assertion, Document, Finding
 from tests.fakes import WordLinker
 
-NAMES = (
-    "Atelectasis Cardiomegaly Effusion Infiltration Mass Nodule Pneumonia Pneumothorax Consolidation Edema Emphysema "
-    "Fibrosis Pleural_Thickening Hernia"
-).split()
+NAMES = [*FINDINGS, "Hernia"]
 
 
 class Reader(WordLinker):
