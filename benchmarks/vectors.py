@@ -49,7 +49,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", default="10000,100000,1000000", help="how many vectors, several by commas")
     parser.add_argument("--rivals", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--only", default="", help="engines by commas, for example lightbox/hnsw,faiss/hnsw")
+    parser.add_argument("--only", default="", help="engines, for example lightbox/hnsw|faiss/hnsw")
     options = parser.parse_args()
     sizes = [int(size) for size in options.sizes.split(",")]
     results: dict[str, Any] = {"machine": _machine(), "k": K, "queries": QUERIES, "sizes": {}}
@@ -65,10 +65,13 @@ def main() -> None:
 
 
 def _engines(rivals: bool, only: str) -> dict[str, str | None]:
-    found: dict[str, str | None] = dict.fromkeys((*OURS, *RAW), sys.executable)
-    if rivals:
-        found |= {name: python_with(name.split("/")[0], "numpy", *packages) for name, packages in RIVALS.items()}
-    return {name: python for name, python in found.items() if not only or name in only.split(",")}
+    """Engine -> the interpreter that has it; None where it cannot be installed."""
+    names = [*OURS, *RAW, *(RIVALS if rivals else ())]
+    wanted = [name for name in names if not only or name in only.split("|")]
+    return {
+        name: python_with(name.split("/")[0], "numpy", *RIVALS[name]) if name in RIVALS else sys.executable
+        for name in wanted
+    }
 
 
 def _measured(name: str, python: str, folder: Path) -> dict[str, Any]:

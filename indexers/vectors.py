@@ -48,6 +48,7 @@ _RECALL_WANTED = 0.995  # of documents; queries, which lie farther from them, fi
 _HELD_OUT = 256
 _MEASURED_K = 10
 _SAMPLE_ROWS = 32_768  # of training: 128 for each of 256 codewords
+_WORTH_THREADS = 16_384  # rows; below, threads of a build mostly wait for each other
 _ADDED_ROWS = 4_096  # at once: how often progress is told
 
 
@@ -117,7 +118,7 @@ class SideIndex:
             return cls(spec, stored, None, Measured(bytes_per_vector=stored.bytes_per_row))
         seen = len(stored) - min(_HELD_OUT, len(stored) // 10)
         progress("train", 0, None)
-        with threads(BUILD_THREADS):
+        with threads(BUILD_THREADS if len(stored) >= _WORTH_THREADS else 1):
             index, notes = kind.train(stored.gather(_spread(seen, _SAMPLE_ROWS)))
             codes = Codes(kind, index)
             side = cls(spec, stored, codes, Measured())

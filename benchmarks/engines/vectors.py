@@ -161,7 +161,7 @@ class Usearch(Engine):
 
 
 class Lancedb(Engine):
-    settings = (16, 32, 64, 128, 256)
+    settings = (32, 64, 128, 256)  # it wants at least refine_factor * k
 
     def build(self, vectors: Array, price: Array) -> None:
         import lancedb
