@@ -10,8 +10,9 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
-from itertools import pairwise
+from functools import cached_property, partial
+from itertools import pairwise, repeat
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -21,10 +22,13 @@ from indexers.columns import Columns
 from indexers.scan import TIE
 from indexers.shards import Array, Damaged
 from indexers.store import Record
-from retrieval.types import Assertion, Hit
+from retrieval.types import Assertion, Hit, Share
 
 Held = NDArray[np.int32]  # rows, ascending
 Concept = tuple[str, Assertion]
+_NO_PARTS: Mapping[str, Share] = {}
+_as_hit: Any = partial(tuple.__new__, Hit)  # a thousand hits a search: without a Python frame for each
+_id_of = itemgetter(0)
 NO_ROWS = np.empty(0, np.int32)
 LISTED_ROWS = 500_000  # up to so many, all ids are kept as a list once a search has needed them
 MANY = 64  # ids that are worth a dict of all
@@ -217,15 +221,20 @@ def ranked(scores: NDArray[np.floating[Any]], rows: NDArray[np.integer[Any]], k:
     """The k best, ties ordered by id. `scores` hold everything that is tied with the k-th."""
     order = np.argsort(-scores, kind="stable")
     scores = scores[order]
-    start = stop = 0
-    runs = []
-    while start < min(k, len(scores)):
-        stop = start + int(np.searchsorted(-scores[start:], TIE - scores[start], "right"))
-        runs.append((start, stop))
-        start = stop
+    close = scores[:-1] - scores[1:] <= TIE  # with the next one
+    stop = k
+    while stop < len(scores) and close[stop - 1]:
+        stop += 1
+    values = scores[:stop].tolist()
     names = [ids[row] for row in rows[order[:stop]].tolist()]
-    hits = list(map(Hit, names, scores[:stop].tolist()))
-    for start, stop in runs:
-        if stop - start > 1:
-            hits[start:stop] = sorted(hits[start:stop], key=lambda hit: hit.id)
+    hits: list[Hit] = list(map(_as_hit, zip(names, values, repeat(_NO_PARTS))))
+    start = -1
+    for at in np.flatnonzero(close[: stop - 1]).tolist():
+        if at < start:
+            continue
+        start, end = at, at + 1  # a run of ties is counted from its first score
+        while end < len(hits) and values[start] - values[end] <= TIE:
+            end += 1
+        hits[start:end] = sorted(hits[start:end], key=_id_of)
+        start = end
     return hits[:k]
