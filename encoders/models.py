@@ -79,7 +79,7 @@ class loading:
     def __enter__(self) -> None:
         from transformers.utils import logging
 
-        logging.disable_progress_bar()  # a bar for weights that are loaded in a second
+        logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # weights load within a second
 
     def __exit__(self, _type: object, error: BaseException | None, _trace: object) -> None:
         if isinstance(error, Exception) and not isinstance(error, (InputError, BackendError)):
