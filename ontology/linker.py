@@ -18,7 +18,7 @@ from ontology.cues import TRIGGERS
 from ontology.labels import hedge
 from ontology.lexicon import Mention
 from ontology.spelling import allowance, distance
-from ontology.tables import CHEST, Tables, load_tables
+from ontology.tables import CHEST, GRAM, LETTERS, Tables, load_tables
 from ontology.trigrams import Candidate
 from ontology.words import Word
 from retrieval.errors import NotFound
@@ -33,8 +33,6 @@ VERSION = 2  # of the rules: raise it when the same tables give other findings
 LEANING = ("probable", "alternative", "borderline")  # kinds of hedges, see `ontology.labels`
 _PHRASE = 14  # words of a query that is read in everyday words
 _NEIGHBOURS = 10  # names looked at for a misspelled one
-_GRAM = 3  # words of a misspelled name
-_LETTERS = 6  # letters of a misspelled name, at least
 _REMEMBERED = 100_000  # spellings
 
 
@@ -112,7 +110,7 @@ class Dictionary:
         strange = {at for at, word in enumerate(words) if at not in covered and self._is_strange(word)}
         runs = sorted({run for at in strange for run in _runs(words, at, covered)}, key=lambda r: (-len(r), r.start))
         texts = {run: " ".join(words[at].surface for at in run) for run in runs}
-        self._spell([text for text in texts.values() if len(text) >= _LETTERS], candidates)
+        self._spell([text for text in texts.values() if len(text) >= LETTERS], candidates)
         taken: set[int] = set()
         extra = []
         for run, text in texts.items():
@@ -209,7 +207,7 @@ def _is_phrase(text: str, words: Sequence[Word]) -> bool:
 def _runs(words: Sequence[Word], at: int, covered: set[int]) -> list[range]:
     """Runs of up to three neighbouring words around word `at`, inside one clause and outside names."""
     found = []
-    for size in range(1, _GRAM + 1):
+    for size in range(1, GRAM + 1):
         for first in range(max(0, at - size + 1), min(at, len(words) - size) + 1):
             run = range(first, first + size)
             if not covered.intersection(run) and not any(words[n].breaks or words[n].comma for n in run[1:]):

@@ -25,7 +25,8 @@ from ontology.words import Vocabulary
 from retrieval.errors import BackendError, Invalid
 
 CHEST = Path(__file__).parent / "chest"
-FORMAT = 6  # of the compiled tables: raise it when what they hold changes
+FORMAT = 7  # of the compiled tables: raise it when what they hold changes
+GRAM, LETTERS = 3, 6  # words of a name that is looked for when misspelled, at most; its letters, at least
 _ARRAYS = ("idf", "starts", "rows", "weights")
 
 
@@ -153,14 +154,18 @@ def _weights(source: Path) -> dict[str, float]:
 
 
 def _spellings(ontology: graph.Ontology, lexicon: Lexicon) -> dict[str, int]:
-    """Every name of six letters and more, in lower case, and the concept that the dictionary gives it."""
+    """Names of six letters and up to three words, in lower case, and the concept that the dictionary gives them.
+
+    What is corrected is a run of as many words at most, so longer names would only make the tables larger.
+    """
     names = dict.fromkeys(
         " ".join(text.lower().split()) for concept in ontology.concepts.values() for text, _, _ in concept.synonyms
     )
     found = {}
     for name in names:
         words = lexicon.vocabulary.words(name)
-        mentions = lexicon.mentions(words, everyday=True) if len(name) > 5 else []
+        short = len(name) >= LETTERS and len(name.split()) <= GRAM
+        mentions = lexicon.mentions(words, everyday=True) if short else []
         if len(mentions) == 1 and mentions[0].last - mentions[0].first + 1 == len(words) and not mentions[0].denies:
             found[name] = mentions[0].concept
     return found
