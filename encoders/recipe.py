@@ -40,8 +40,9 @@ class Tower:
 class Schedule:
     """How long, how fast, on what. An epoch draws as many films as there are frontal ones."""
 
-    epochs: int
+    epochs: tuple[int, ...]  # of each cycle; rate and size start over, the rate peaks at 0.7 of the cycle before
     batch: int = 128
+    shards: int = 1  # parts of a batch that are computed side by side, each with batch statistics of its own
     seed: int = 0
     rate: float = 1e-3
     warmup: float = 0.15  # share of the steps in which the rate rises
@@ -103,7 +104,8 @@ class Recipe:
 _RANGES: Mapping[str, tuple[float, float]] = {
     "data.lateral": (0, 0.9), "data.balance": (0, 1),
     "tower.size": (32, 512), "tower.mean": (0, 1), "tower.std": (0.01, 1), "tower.dropout": (0, 0.9),
-    "schedule.epochs": (1, 10_000), "schedule.batch": (2, 65_536), "schedule.seed": (0, 2**31),
+    "schedule.shards": (1, 64),
+    "schedule.batch": (2, 65_536), "schedule.seed": (0, 2**31),
     "schedule.rate": (1e-7, 1), "schedule.warmup": (0, 0.9), "schedule.weight_decay": (0, 1),
     "schedule.size_from": (0, 512), "schedule.size_grown": (0, 1),
     "augment.zoom_low": (0.3, 1.5), "augment.zoom_high": (0.3, 1.5), "augment.shift": (0, 0.5),
@@ -149,8 +151,9 @@ def _build(kind: type, table: Any, at: str) -> Any:
 def _value(kind: Any, value: Any, at: str) -> Any:
     if kind == tuple[Topic, ...]:
         return tuple(_topic(entry, f"{at}[{n}]") for n, entry in enumerate(_list(value, at)))
-    if kind == tuple[str, ...]:
-        return tuple(_value(str, entry, f"{at}[{n}]") for n, entry in enumerate(_list(value, at)))
+    if kind in (tuple[str, ...], tuple[int, ...]):
+        inner = str if kind == tuple[str, ...] else int
+        return tuple(_value(inner, entry, f"{at}[{n}]") for n, entry in enumerate(_list(value, at)))
     if dataclasses.is_dataclass(kind):
         return _build(kind, value, at)  # type: ignore[arg-type]
     allowed = (int, float) if kind is float else (kind,)
@@ -189,6 +192,12 @@ def _check_together(recipe: Recipe) -> None:
         raise InputError("every one of templates must hold {} once, and there must be one", "templates")
     if augment.zoom_low > augment.zoom_high:
         raise InputError("augment.zoom_low is above augment.zoom_high", "augment.zoom_low")
+    if not recipe.schedule.epochs or min(recipe.schedule.epochs) < 1:
+        raise InputError("schedule.epochs must list one number or more, each 1 or more", "schedule.epochs")
+    if recipe.schedule.batch % recipe.schedule.shards:
+        raise InputError("schedule.shards must divide schedule.batch", "schedule.shards")
+    if recipe.tower.dropout and recipe.schedule.shards > 1:
+        raise InputError("tower.dropout with schedule.shards above 1 would not be repeatable", "tower.dropout")
     if recipe.schedule.size_from and not 32 <= recipe.schedule.size_from <= recipe.tower.size:
         raise InputError("schedule.size_from must be 0 or lie between 32 and tower.size", "schedule.size_from")
 

@@ -9,12 +9,13 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from torch import nn
 
 from encoders import train as training
 from encoders.lesson import augmented
 from encoders.recipe import Augment, Recipe, read
 from encoders.studies import Study, affirmed, is_held_out, read_studies
-from encoders.train import build
+from encoders.train import Shards, build
 from retrieval.errors import BackendError, InputError
 from retrieval.types import Progress
 from tests.fakes import HashingEncoder
@@ -29,8 +30,9 @@ balance = 0.5
 name = "test_resnet"
 size = 48
 [schedule]
-epochs = 3
+epochs = [3]
 batch = 8
+shards = 2
 seed = 3
 size_from = 32
 size_grown = 0.6
@@ -103,6 +105,20 @@ def test_a_recipe_makes_weights_a_config_and_a_lineage(place: Path) -> None:
     assert len(lineage["data_digest"]) == 64
 
 
+def test_shards_give_the_gradient_of_the_whole_batch() -> None:
+    torch.manual_seed(0)
+    tower = nn.Sequential(nn.Flatten(), nn.Linear(9, 4))
+    batch, wanted = torch.randn(6, 1, 3, 3), torch.randn(6, 4)
+    whole = torch.autograd.grad(((tower(batch) - wanted) ** 2).sum(), list(tower.parameters()))
+    shards = Shards(tower, 3, torch.float32)
+    outputs = shards.forward(batch)
+    torch.testing.assert_close(outputs, tower(batch))
+    ((outputs - wanted) ** 2).sum().backward()  # type: ignore[no-untyped-call]
+    shards.backward(outputs)
+    for parameter, gradient in zip(tower.parameters(), whole, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient)
+
+
 def test_an_interrupted_run_ends_as_if_it_had_not_been(place: Path) -> None:
     whole = load_file(train(place / "recipe.toml", place / "whole", _quiet) / "model.safetensors")
 
@@ -120,18 +136,38 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(place: Path) -> None:
         assert torch.equal(value, whole[name]), name
 
 
+def _stopped(place: Path) -> Path:
+    """A folder with the checkpoint of a run that was stopped in its second epoch."""
+
+    def stop(phase: str, done: int, total: int | None) -> None:
+        if phase.startswith("epoch 2"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(place / "recipe.toml", place / "out", stop)
+    return place / "out"
+
+
 def test_a_run_of_another_recipe_is_not_continued(place: Path) -> None:
-    train(place / "recipe.toml", place / "out", _quiet)
+    folder = _stopped(place)
     (place / "recipe.toml").write_text(_RECIPE.replace("seed = 3", "seed = 4"))
     with pytest.raises(InputError, match="another recipe"):
-        train(place / "recipe.toml", place / "out", _quiet)
+        train(place / "recipe.toml", folder, _quiet)
 
 
 def test_a_damaged_checkpoint_is_named(place: Path) -> None:
-    folder = train(place / "recipe.toml", place / "out", _quiet)
+    folder = _stopped(place)
     (folder / "checkpoint.safetensors").write_bytes(b"not safetensors")
     with pytest.raises(InputError, match="no readable safetensors"):
         train(place / "recipe.toml", folder, _quiet)
+
+
+def test_a_finished_run_is_not_repeated_and_leaves_no_checkpoint(place: Path) -> None:
+    folder = train(place / "recipe.toml", place / "out", _quiet)
+    assert sorted(p.name for p in folder.iterdir()) == ["config.json", "lineage.json", "model.safetensors"]
+    phases: list[str] = []
+    train(place / "recipe.toml", folder, lambda phase, done, total: phases.append(phase))
+    assert not [p for p in phases if p.startswith("epoch")]
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_keeps_what_was_saved(
@@ -147,7 +183,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_what_was_saved(
 
 
 def test_the_loss_falls(place: Path) -> None:
-    (place / "recipe.toml").write_text(_RECIPE.replace("epochs = 3", "epochs = 12"))
+    (place / "recipe.toml").write_text(_RECIPE.replace("epochs = [3]", "epochs = [12, 12]\nrate = 3e-3"))
     epochs = json.loads((train(place / "recipe.toml", None, _quiet) / "lineage.json").read_text())["epochs"]
     assert epochs[-1]["loss"] < epochs[0]["loss"] - 0.3
 
@@ -159,10 +195,13 @@ def test_the_loss_falls(place: Path) -> None:
         ("[data]", "[date]", "unknown key date"),
         ("size = 48", "size = 4", r"tower\.size is 4; it must lie between 32 and 512"),
         ("size = 48", "size = 48.5", r"tower\.size is 48\.5; needed is int"),
-        ("epochs = 3", "epochs = true", r"schedule\.epochs is True; needed is int"),
-        ("epochs = 3\n", "", r"schedule\.epochs is missing"),
+        ("epochs = [3]", "epochs = [true]", r"schedule\.epochs\[0\] is True; needed is int"),
+        ("epochs = [3]", "epochs = []", r"schedule\.epochs must list one number or more"),
+        ("epochs = [3]\n", "", r"schedule\.epochs is missing"),
         ("lateral = 0.2", "part = 'dev'", r"data\.part is 'dev'; it must be one of train, all"),
         ("size_from = 32", "size_from = 96", "size_from must be 0 or lie between"),
+        ("size = 48", "size = 48\ndropout = 0.1", "would not be repeatable"),
+        ("shards = 2", "shards = 3", r"shards must divide schedule\.batch"),
         ("pattern = 'line'", "pattern = '('", r"findings\[1\]\.pattern is no regular expression"),
         ('phrases = ["line"]', 'phrases = [""]', r"findings\[1\]\.phrases holds no phrase"),
         ('phrases = ["line"]', 'phrases = "line"', "a list is needed"),
