@@ -54,7 +54,7 @@ class Lexicon:
 
     def mentions(self, words: Sequence[Word], everyday: bool = False) -> list[Mention]:
         """Names from left to right, without overlap; everyday ones too where asked."""
-        tables = (self.normal, self.names, self.lay) if everyday else (self.normal, self.names)
+        tables = (self.normal, self.lay, self.names) if everyday else (self.normal, self.names)
         starting = [self._best(tables, words, at) for at in range(len(words))]
         found: list[Mention] = []
         at = 0
@@ -134,7 +134,7 @@ def compiled(ontology: Ontology, vocabulary: Vocabulary) -> Lexicon:
     """The dictionary of an ontology.
 
     Where concepts share a name, the most trusted source decides, then preferred names beat synonyms, and exact ones
-    related ones.
+    related ones. In phrases an everyday name beats another one of its source, or of a less trusted one.
     """
     ids = list(ontology.concepts)
     ranked: dict[tuple[str, ...], tuple[int, int, int]] = {}
@@ -151,6 +151,8 @@ def compiled(ontology: Ontology, vocabulary: Vocabulary) -> Lexicon:
             for n, order in enumerate(permutations(key) if ours and len(key) <= _REORDERED else (key,)):
                 rank = (source, _SCOPES[scope] + (10 if n else 0), number)
                 target[order] = min(target.get(order, rank), rank)
+    for key in [key for key, rank in lay.items() if key in ranked and ranked[key][0] < rank[0]]:
+        del lay[key]  # HPO's "collapsed lung" is a pneumothorax, ours is not
     numbers = {id: number for number, id in enumerate(ids)}
     normal = {
         order: (0, 0, numbers[id])

@@ -25,7 +25,7 @@ from ontology.words import Vocabulary
 from retrieval.errors import BackendError, Invalid
 
 CHEST = Path(__file__).parent / "chest"
-FORMAT = 7  # of the compiled tables: raise it when what they hold changes
+FORMAT = 8  # of the compiled tables: raise it when what they hold changes
 GRAM, LETTERS = 3, 6  # words of a name that is looked for when misspelled, at most; its letters, at least
 _ARRAYS = ("idf", "starts", "rows", "weights")
 
