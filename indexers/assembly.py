@@ -15,9 +15,10 @@ from indexers import shards
 from indexers.embedded import point
 from indexers.generation import Generation
 from indexers.publish import publish
+from indexers.records import Record, Rows
 from indexers.shards import VectorWriter, disk
 from indexers.snapshot import EmbeddedSnapshot, Key
-from indexers.store import Record, Rows, Store
+from indexers.store import Store
 from retrieval.errors import BackendError, Conflict
 from retrieval.types import Encoded, Progress
 

@@ -18,8 +18,8 @@ import numpy as np
 
 from indexers import shards
 from indexers.embedded import as_record, check_encoded, thumbnails, write_blob
+from indexers.records import Record
 from indexers.shards import Array, Damaged
-from indexers.store import Record
 from retrieval.types import Document, Encoded, Encodings, Picture, Prepared, Rejected, Side, SpaceInfo
 
 ABANDONED_S = 14 * 24 * 3600.0  # shards of a build that was never finished

@@ -22,9 +22,9 @@ import numpy as np
 from indexers import shards
 from indexers.generation import Generation
 from indexers.publish import publish
+from indexers.records import Record
 from indexers.shards import Damaged, disk
 from indexers.snapshot import EmbeddedSnapshot
-from indexers.store import Record
 from retrieval.errors import Conflict, Invalid, NotFound
 from retrieval.types import Document, Encoded, Encodings, Picture, Side, SpaceInfo
 

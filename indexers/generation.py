@@ -29,11 +29,12 @@ from numpy.typing import NDArray
 
 from indexers import lexical, shards
 from indexers.columns import Columns
+from indexers.records import Shard, State
 from indexers.rows import Base, Rows
 from indexers.scan import Stored
 from indexers.shards import Damaged
 from indexers.snapshot import OK, VERIFYING, EmbeddedSnapshot, Key, Stretch
-from indexers.store import Reader, Shard, State, Store
+from indexers.store import Reader, Store
 from indexers.vectors import SideIndex, parse_spec
 from retrieval.errors import BackendError
 from retrieval.types import SpaceInfo

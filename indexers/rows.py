@@ -19,9 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from indexers.columns import Columns
+from indexers.records import Record
 from indexers.scan import TIE
 from indexers.shards import Array, Damaged
-from indexers.store import Record
 from retrieval.types import Assertion, Hit, Share
 
 Held = NDArray[np.int32]  # rows, ascending

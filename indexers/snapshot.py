@@ -13,9 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from indexers.lexical import Scan
+from indexers.records import Record
 from indexers.rows import Rows, ranked
 from indexers.shards import read_bytes
-from indexers.store import Record, Store
+from indexers.store import Store
 from indexers.vectors import Found, SideIndex, merge
 from retrieval.errors import Conflict, Invalid, NotFound
 from retrieval.filters import Filter

@@ -12,7 +12,6 @@ so that a store which lost some (a WAL that was deleted or cut) is noticed.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import sqlite3
@@ -20,16 +19,16 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from indexers.records import Record, Rows, Shard, State, digest_of
 from indexers.shards import Damaged, disk, replace_file
 from retrieval.errors import BackendError
-from retrieval.types import Assertion, Document, Finding, Matrix, Picture, Side
+from retrieval.types import Matrix, Side
 
-Rows = NDArray[np.int32]
 BUSY_S = 60.0  # a checkpoint of another process may hold the file for a moment
 REPLACED_KEPT = 8  # publishes for which the old text of a replaced document stays readable
 _SCHEMA = """
@@ -47,73 +46,6 @@ CREATE TABLE tail(row INTEGER NOT NULL, space TEXT NOT NULL, side TEXT NOT NULL,
     digest BLOB NOT NULL, PRIMARY KEY (row, space, side)) WITHOUT ROWID;
 """
 _COLUMNS = "row, id, title, text, meta, findings, picture, path, blob, source, digest"
-
-
-class State(NamedTuple):
-    """What is published, and what comes next."""
-
-    sequence: int = 0  # publish number
-    rows: int = 0  # rows below this one are published
-    next: int = 0  # the first row that is free
-    writes: int = 0  # transactions so far
-    living: int = 0  # documents that the next publish shows
-    documents: int = 0  # documents that are published
-    manifest: str | None = None  # the file that names the derived parts
-
-
-class Record(NamedTuple):
-    """A document as it is stored. meta and findings are JSON."""
-
-    row: int
-    id: str
-    title: str
-    text: str
-    meta: str
-    findings: str
-    picture: str | None = None  # digest of the bytes
-    path: str | None = None
-    blob: str | None = None  # rendered picture of an upload
-    source: str | None = None  # digest of what the source held and of the encoders
-
-    @property
-    def content(self) -> str:
-        """Title and text as one string, as `Document.content` has it."""
-        return Document(title=self.title, text=self.text).content
-
-    def document(self) -> Document:
-        """The document; its picture comes without pixels and thumbnail."""
-        findings = tuple(Finding(c, Assertion(a), (s, e)) for c, a, s, e in json.loads(self.findings))
-        image = Picture(self.picture, b"", None, self.path) if self.picture is not None else None
-        meta = json.loads(self.meta)
-        return Document(id=self.id, title=self.title, text=self.text, image=image, meta=meta, findings=findings)
-
-    @classmethod
-    def of(cls, row: int, document: Document, blob: str | None = None, source: str | None = None) -> Record:
-        picture = document.image if isinstance(document.image, Picture) else None
-        findings = [(f.concept, str(f.assertion), *f.span) for f in document.findings]
-        return cls(
-            row, document.id, document.title, document.text,
-            json.dumps(document.meta), json.dumps(findings),
-            picture.digest if picture else None, picture.path if picture else None, blob, source,
-        )  # fmt: skip
-
-
-class Shard(NamedTuple):
-    """Which vectors a sealed file holds: `rows[i]` is the document of its i-th vector."""
-
-    number: int
-    space: str
-    side: Side
-    name: str
-    rows: Rows
-
-
-def digest_of(values: Sequence[Any], content: bytes = b"") -> bytes:
-    """Digest of an entry; equal to no stored one where damage has changed a type."""
-    try:
-        return hashlib.blake2b(json.dumps(values).encode() + content, digest_size=16).digest()
-    except TypeError:
-        return b""
 
 
 class Store:

@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from indexers import rows as module
+from indexers.records import Record
 from indexers.rows import Base, Rows, ranked
 from indexers.scan import TIE
 from indexers.shards import Damaged
-from indexers.store import Record
 from retrieval.filters import parse
 from retrieval.types import Assertion
 

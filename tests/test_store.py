@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from indexers.records import Record, State
 from indexers.shards import Damaged
-from indexers.store import REPLACED_KEPT, Record, State, Store
+from indexers.store import REPLACED_KEPT, Store
 from retrieval.types import Assertion, Document, Finding, Picture
 
 
