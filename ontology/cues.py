@@ -7,11 +7,10 @@ The phrases lie in `triggers/triggers.txt`, which says how to write one; they ex
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
-from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 
 def bag(words: str) -> frozenset[str]:
@@ -21,7 +20,7 @@ def bag(words: str) -> frozenset[str]:
 
 TRIGGERS = Path(__file__).parent / "triggers" / "triggers.txt"
 _WORD = re.compile(
-    r"\(-\)|\(\+\)|\(\?\)|\+/-|and/or|[wrshc]/[op]?\b|[a-z0-9]+(?:['’][a-z]+)?|[?:;,()=]|(?<=\s)[-–—](?=\s)|[–—]|\n"
+    r"\(-\)|\(\+\)|\(\?\)|\+/-|and/or|[wrshc]/[op]?\b|(?<!\w)\+(?=\s?[a-z])|[a-z0-9]+(?:['’][a-z]+)?|[?:;,()=]|(?<=\s)[-–—](?=\s)|[–—]|\n"
 )
 _RUN_TOGETHER = {"cannot": "can", "cant": "can", "dont": "do", "doesnt": "does", "didnt": "did", "isnt": "is"}
 _RUN_TOGETHER |= {"wasnt": "was", "arent": "are", "werent": "were", "hasnt": "has", "havent": "have", "wont": "will"}
@@ -31,7 +30,6 @@ _NO_NOUN = _ENDS | bag(
     "in at on within by for with and or but however though although as given from during after on since today over "
     "now currently yesterday again because which per : this here anywhere bilaterally while"
 )
-_END = ""  # key of a trie node that holds the roles of the phrase that ends there
 
 
 class Role(NamedTuple):
@@ -85,11 +83,10 @@ def words(text: str, start: int = 0, end: int | None = None) -> list[Word]:
 
 def find(sentence: list[Word], blocked: range = range(0)) -> list[Cue]:
     """The cues of a sentence from left to right, without overlap; none covers a word in `blocked`."""
-    trie = load()
     found = []
     at = 0
     while at < len(sentence):
-        roles, end = _longest(trie, sentence, at, blocked)
+        roles, end = _longest(sentence, at, blocked)
         if roles and all(misplaced(role, sentence, end) for role in roles):
             end = at
         elif roles:
@@ -104,54 +101,95 @@ def misplaced(role: Role, sentence: list[Word], end: int) -> bool:
     return (role.reach == "end" and following not in _ENDS) or (role.reach == "last" and following not in _NO_NOUN)
 
 
-def _longest(trie: dict[str, Any], sentence: list[Word], at: int, blocked: range) -> tuple[tuple[Role, ...], int]:
-    node: dict[str, Any] | None = trie
+def _longest(sentence: list[Word], at: int, blocked: range) -> tuple[tuple[Role, ...], int]:
+    node: Node | None = load()
     best: tuple[tuple[Role, ...], int] = ((), at)
     position = at
     while position < len(sentence) and position not in blocked:
-        node = node.get(sentence[position].text)  # type: ignore[union-attr]
+        node = node.after(sentence[position].text) if node is not None else None
         if node is None:
             break
         position += 1
-        if _END in node:
-            best = (node[_END], position)
+        if node.roles:
+            best = (node.roles, position)
     return best
 
 
+class _Line(NamedTuple):
+    """A line of the trigger file: slot after slot one of several runs of words; () is a slot left out."""
+
+    slots: tuple[tuple[tuple[str, ...], ...], ...]
+    role: Role
+
+
+class _Place(NamedTuple):
+    """Inside a line: what is left of a run in the slot before `slot`."""
+
+    rest: tuple[str, ...]
+    line: int
+    slot: int
+
+
+class Node:
+    """Where one may be after some words, in all lines at once: an automaton that is built while it is used.
+
+    Written out, the lines are some hundred thousand phrases; a text meets a few hundred of them.
+    """
+
+    def __init__(self, lines: list[_Line], places: Iterable[tuple[int, int]], rests: Iterable[_Place] = ()) -> None:
+        """places: (line, slot) pairs that may start now."""
+        self._lines = lines
+        self._after: dict[str, Node | None] = {}
+        self._rests: dict[str, list[_Place]] = {}
+        roles: dict[Role, None] = {}
+        waiting = sorted(places, reverse=True)
+        for place in rests:
+            self._rests.setdefault(place.rest[0], []).append(place)
+        while waiting:
+            line, slot = waiting.pop()
+            slots, role = lines[line]
+            if slot == len(slots):
+                roles[role] = None
+                continue
+            for run in slots[slot]:
+                if run:
+                    self._rests.setdefault(run[0], []).append(_Place(run, line, slot + 1))
+                else:
+                    waiting.append((line, slot + 1))
+        self.roles = tuple(roles)
+
+    def after(self, word: str) -> Node | None:
+        """The node one word further, None where no line goes on with it."""
+        if word not in self._rests:
+            return None
+        if word not in self._after:
+            here = [place._replace(rest=place.rest[1:]) for place in self._rests[word]]
+            starts = {(place.line, place.slot) for place in here if not place.rest}
+            self._after[word] = Node(self._lines, starts, [place for place in here if place.rest])
+        return self._after[word]
+
+
 @lru_cache(maxsize=1)
-def load(path: Path = TRIGGERS) -> dict[str, Any]:
-    """The phrases of a trigger file as a trie over words."""
-    trie: dict[str, Any] = {}
+def load(path: Path = TRIGGERS) -> Node:
+    """The phrases of a trigger file, before the first word."""
+    lines: list[_Line] = []
     choices: dict[str, str] = {}
     role = Role("")
-    for line in path.read_text(encoding="utf-8").splitlines():
-        line = line.strip()
-        if line.startswith("["):
-            role = Role(*line.strip("[]").split())
-        elif " = " in line and line.split(" = ")[0].isupper():
-            name, choices[name] = line.split(" = ")[0], line.split(" = ")[1]
-        elif line and not line.startswith("#"):
-            for phrase in _expand(line, choices):
-                _insert(trie, phrase, role)
-    return trie
+    for text in path.read_text(encoding="utf-8").splitlines():
+        text = text.strip()
+        if text.startswith("["):
+            role = Role(*text.strip("[]").split())
+        elif " = " in text and text.split(" = ")[0].isupper():
+            name, choices[name] = text.split(" = ")[0], text.split(" = ")[1]
+        elif text and not text.startswith("#"):
+            lines.append(_Line(tuple(_slots(text, choices)), role))
+    return Node(lines, ((line, 0) for line in range(len(lines))))
 
 
-def _expand(line: str, choices: dict[str, str]) -> Iterator[tuple[str, ...]]:
-    slots = []
-    for word in line.split():
+def _slots(text: str, choices: dict[str, str]) -> Iterator[tuple[tuple[str, ...], ...]]:
+    for word in text.split():
         optional = word.endswith("?") and len(word) > 1
-        word = word.rstrip("?") if optional else word
-        names = [choices.get(name, name) for name in word.split("|")]
-        options = [tuple(option.split("_")) for name in names for option in name.split("|")]
-        slots.append([*options, ()] if optional else options)
-    for choice in product(*slots):
-        yield tuple(word for option in choice for word in option)
-
-
-def _insert(trie: dict[str, Any], phrase: tuple[str, ...], role: Role) -> None:
-    node = trie
-    for word in phrase:
-        node = node.setdefault(word, {})
-    roles = node.get(_END, ())
-    if role not in roles:
-        node[_END] = (*roles, role)
+        plain = word.rstrip("?") if optional else word
+        names = [choices.get(name, name) for name in plain.split("|")]
+        runs = [tuple(run.split("_")) for name in names for run in name.split("|")]
+        yield (*runs, ()) if optional else tuple(runs)
