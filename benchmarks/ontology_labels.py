@@ -11,7 +11,9 @@ import numpy as np
 
 from benchmarks.ontology_reports import FINDINGS, Report, documents
 from ontology.labels import LabelSet, label_documents
-from retrieval.types import Linker
+from ontology.linker import Dictionary
+from ontology.tables import Tables
+from retrieval.types import Assertion, Linker
 
 RESAMPLES = 2_000
 SEED = 20_240_229
@@ -77,6 +79,47 @@ def labelled(found: Sequence[Report], linker: Linker, labels: LabelSet) -> list[
     """What the product says of every report."""
     rows = label_documents(documents(found), linker, labels)
     return [{name for name, value in row["labels"].items() if value == 1} for row in rows]
+
+
+# --- as published ------------------------------------------------------------------------------------------------
+
+_OBSERVED = frozenset(["T047", "T046", "T033"])
+_PRECEDENCE = (Assertion.negated, Assertion.affirmed, Assertion.uncertain)
+_WORDS = {name: name.replace("_", " ").lower() for name in FINDINGS} | {"Infiltration": "infiltrat"}
+
+
+def published(found: Sequence[Report], linker: Dictionary, dictionary: Callable[[str], set[str]]) -> list[set[str]]:
+    """The two stages of arXiv 2508.19915 to the letter, with our linker and `dictionary` in CheXpert's place.
+
+    First the label whose word is in the name of a concept, or of one a step above it; denied beats affirmed beats
+    doubtful. Then, of dictionary labels, ontology labels, what both say and what either says, the one that covers most
+    of the report's present concepts; ties go to the first.
+    """
+    out = []
+    for report, findings in zip(found, linker.link([report.text for report in found]), strict=True):
+        present = {f.concept for f in findings if f.assertion is not Assertion.negated}
+        carried = {f.concept: _named(linker.tables, f.concept) for f in findings}
+        said: dict[str, set[Assertion]] = {}
+        for finding in findings:
+            for name in carried[finding.concept]:
+                said.setdefault(name, set()).add(finding.assertion)
+        decided = {name: next(a for a in _PRECEDENCE if a in held) for name, held in said.items()}
+        ontology = {name for name, assertion in decided.items() if assertion is not Assertion.negated}
+        plain = dictionary(report.text)
+        answers = [plain, ontology, plain & ontology, plain | ontology]
+        out.append(max(answers, key=lambda labels: sum(bool(labels & carried[c]) for c in present)))
+    return out
+
+
+def _named(tables: Tables, concept: str) -> set[str]:
+    number = tables.numbers.get(concept)
+    if number is None:
+        return set()
+    own = {name for name, word in _WORDS.items() if word in tables.names[number].lower()}
+    above = [
+        tables.names[parent].lower() for parent in tables.parents[number] if _OBSERVED & set(tables.types[parent])
+    ]
+    return own or {name for name, word in _WORDS.items() if any(word in title for title in above)}
 
 
 # --- the baseline ------------------------------------------------------------------------------------------------

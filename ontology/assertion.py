@@ -153,6 +153,8 @@ class _Sentence:
         self.words = words(text, start, end)
         self.ends = [word.end for word in self.words]
         self.cues = find(self.words)
+        # "no effusion, possible atelectasis": where a doubt opens, a statement of its own begins.
+        self.doubts = {cue.start for cue in self.cues if Role("pre", "uncertain") in cue.roles}
 
     def reading(self, span: tuple[int, int]) -> Reading:
         target = self._target(span)
@@ -276,6 +278,8 @@ class _Sentence:
         if first in _LINKS:
             return False
         if first in _SUBJECTS or (first in _REOPENS and opener != "with"):
+            return True
+        if start in self.doubts and start < target.start:
             return True
         if first in _FINITE or (first in ("now", "also", "then") and start < target.start):
             return start < target.start
