@@ -21,6 +21,7 @@ from retrieval.pages import Cursor, Shelf
 from retrieval.request import FIELDS, Answer, Request, RequestPart, check, fingerprint
 from retrieval.retrievers import DEPTH, Dense, Fused, Lexical, Ontological, Reranked, query_kind, stages, timed
 from retrieval.types import (
+    Assertion,
     Document,
     Encoder,
     FindingsScore,
@@ -420,6 +421,10 @@ class Engine:
 
     def _findings(self, document: Document) -> list[dict[str, Any]]:
         linker = self.parts.linker
+        doubted = {(f.concept, f.span) for f in document.findings if f.assertion is Assertion.uncertain}
+        shown = [  # a doubt that leans to presence is kept as both; it is shown as the doubt that it is
+            f for f in document.findings if f.assertion is Assertion.uncertain or (f.concept, f.span) not in doubted
+        ]
         return [
             {
                 "concept": f.concept,
@@ -428,7 +433,7 @@ class Engine:
                 "start": f.span[0],
                 "end": f.span[1],
             }
-            for f in document.findings
+            for f in shown
         ]
 
 
