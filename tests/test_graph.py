@@ -64,12 +64,12 @@ def test_files_may_be_gzipped(tmp_path: Path) -> None:
 
 def test_an_obo_graph_is_read(tmp_path: Path) -> None:
     iri = "http://purl.obolibrary.org/obo/X_"
+    meta = {"synonyms": [{"pred": "hasExactSynonym", "val": "pleural fluid"}], "xrefs": [{"val": "UMLS:C0032227"}]}
     nodes = [
         {"id": f"{iri}1", "type": "CLASS", "lbl": "finding"},
         {"id": f"{iri}3", "type": "CLASS", "lbl": "old", "meta": {"deprecated": True}},
-        {"id": f"{iri}2", "type": "CLASS", "lbl": "effusion",
-         "meta": {"synonyms": [{"pred": "hasExactSynonym", "val": "pleural fluid"}], "xrefs": [{"val": "UMLS:C0032227"}]}},
-    ]  # fmt: skip
+        {"id": f"{iri}2", "type": "CLASS", "lbl": "effusion", "meta": meta},
+    ]
     edges = [{"sub": f"{iri}2", "pred": "is_a", "obj": f"{iri}1"}]
     path = write(tmp_path, "x.json", json.dumps({"graphs": [{"nodes": nodes, "edges": edges}]}))
     assert read(path) == [

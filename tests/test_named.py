@@ -33,9 +33,7 @@ def tables(tmp_path_factory: pytest.TempPathFactory) -> Tables:
 def test_a_trained_model_adds_mentions_that_no_name_covers(tables: Tables) -> None:
     nlp = import_spacy().blank("en")
     ruler = nlp.add_pipe("entity_ruler")
-    ruler.add_patterns(
-        [{"label": "ENTITY", "pattern": "zebra signage"}, {"label": "ENTITY", "pattern": "effusion"}]
-    )
+    ruler.add_patterns([{"label": "ENTITY", "pattern": "zebra signage"}, {"label": "ENTITY", "pattern": "effusion"}])
     linker = Trained(tables, nlp)
     text = "No effusion. Zebra signage. Gibberish."
     assert linker.link([text.replace("Zebra", "zebra")])[0] == (
@@ -56,7 +54,7 @@ def test_an_encoder_of_names_links_what_the_dictionary_does_not(tables: Tables) 
 
 def annotate(texts: Sequence[str]) -> dict[str, Any]:
     """What RadGraph says of "Small left effusion . No zebra sign"."""
-    entity = {"relations": []}
+    entity: dict[str, Any] = {"relations": []}
     entities = {
         "1": entity | {"tokens": "left", "label": "Anatomy::definitely present", "start_ix": 1, "end_ix": 1},
         "2": entity | {"tokens": "effusion", "label": "Observation::definitely present", "start_ix": 2, "end_ix": 2,

@@ -34,7 +34,7 @@ def said(*words: str) -> tuple[Finding, ...]:
 
 
 def scores(by: Measure, part: Part, *documents: tuple[Finding, ...]) -> list[float]:
-    return findings_score(by)(part, ListedPostings(documents)).tolist()
+    return [float(score) for score in findings_score(by)(part, ListedPostings(documents))]
 
 
 def test_with_default_constants_and_no_hierarchy_it_is_the_weighted_dice_index() -> None:
