@@ -65,6 +65,7 @@ class Generation:
         self.store = Store(self.folder / "store.sqlite")
         self.shards = home / "shards"
         self._verified: dict[Path, str] = {}  # what was found, or that it is still being looked at
+        self._intact: set[tuple[int, str]] = set()  # (inode, sha256): segment files are linked from state to state
         # What snapshots in use have opened; names stand for content.
         self._opened: WeakValueDictionary[str, Any] = WeakValueDictionary()
         self.verified = 0  # files whose state was found out in the background
@@ -276,7 +277,10 @@ class Generation:
         return found
 
     def _check(self, path: Path, files: shards.Checksums | None) -> None:
-        shards.verify(path) if files is None else shards.verify_folder(path, files)
+        if files is None:
+            shards.verify(path)
+        else:
+            shards.verify_folder(path, files, self._intact)
 
 
 def _published(held: NDArray[np.int32], rows: Rows) -> bool:

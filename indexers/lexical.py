@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import tantivy
@@ -48,7 +49,14 @@ def _schema() -> tantivy.Schema:
 # --- writing ---------------------------------------------------------------------------------------
 
 
-def grow(previous: Path | None, target: Path, texts: Iterable[tuple[int, str]], deaths: Iterable[int]) -> Checksums:
+class Folder(NamedTuple):
+    """A published lexical index."""
+
+    path: Path
+    files: Checksums
+
+
+def grow(previous: Folder | None, target: Path, texts: Iterable[tuple[int, str]], deaths: Iterable[int]) -> Checksums:
     """Writes a new folder: what `previous` holds, with `texts` (row, content) and without the rows `deaths`.
 
     The folder is complete and flushed when this returns; `previous` is left as it was.
@@ -56,7 +64,7 @@ def grow(previous: Path | None, target: Path, texts: Iterable[tuple[int, str]], 
     with disk("writing the lexical index"), _tantivy("writing the lexical index"):
         target.mkdir()
         if previous is not None:
-            _link(previous, target)
+            _link(previous.path, target)
         index = tantivy.Index(_schema(), str(target))
         writer = index.writer(_HEAP_BYTES, 1)
         for row in deaths:
@@ -70,7 +78,7 @@ def grow(previous: Path | None, target: Path, texts: Iterable[tuple[int, str]], 
                 writer.add_document(document)
         writer.commit()
         writer.wait_merging_threads()
-        return _settle(index, target)
+        return _settle(index, target, previous.files if previous is not None else {})
 
 
 def _link(previous: Path, target: Path) -> None:
@@ -87,12 +95,12 @@ def _link(previous: Path, target: Path) -> None:
                 shutil.copyfile(file, target / file.name)
 
 
-def _settle(index: tantivy.Index, folder: Path) -> Checksums:
+def _settle(index: tantivy.Index, folder: Path, known: Checksums) -> Checksums:
     """Drops the files of merged segments, flushes the rest and takes their checksums."""
     index.writer(_HEAP_BYTES, 1).garbage_collect_files()
     for name in _LOCKS:
         (folder / name).unlink(missing_ok=True)
-    return checksums(folder)
+    return checksums(folder, known)
 
 
 @contextmanager

@@ -95,7 +95,8 @@ class _Step:
         if entry is None or _much(deleted, self.rows.documents, 10):
             previous, first, deaths, deleted = None, 0, [], 0
         else:
-            previous, first, deaths = self.folder / entry["folder"], len(self.now.rows), self.deaths.tolist()
+            previous = lexical.Folder(self.folder / entry["folder"], entry["files"])
+            first, deaths = len(self.now.rows), self.deaths.tolist()
         name, files = self._new_folder(
             "lexical", lambda target: lexical.grow(previous, target, self._texts(first), deaths)
         )

@@ -254,10 +254,17 @@ def _array(data: memoryview, entry: Mapping[str, Any]) -> Array:
 Checksums = Mapping[str, tuple[int, str]]  # file name -> (bytes, sha256)
 
 
-def checksums(folder: Path) -> dict[str, tuple[int, str]]:
-    """Flushes every file of a folder and takes its size and checksum."""
+def checksums(folder: Path, known: Checksums | None = None) -> dict[str, tuple[int, str]]:
+    """Flushes every file of a folder and takes its size and checksum.
+
+    known: what was found for files that are linked from another folder; they are immutable and flushed already.
+    """
     found = {}
     for file in sorted(folder.iterdir()):
+        linked = (known or {}).get(file.name)
+        if linked is not None and file.suffix != ".json":
+            found[file.name] = linked
+            continue
         with open(file, "rb") as handle:
             os.fsync(handle.fileno())
         found[file.name] = (file.stat().st_size, sha256(file))
@@ -266,16 +273,24 @@ def checksums(folder: Path) -> dict[str, tuple[int, str]]:
     return found
 
 
-def verify_folder(folder: Path, sums: Checksums) -> None:
-    """Raises Damaged where the folder does not hold what `checksums` found."""
+def verify_folder(folder: Path, sums: Checksums, known: set[tuple[int, str]] | None = None) -> None:
+    """Raises Damaged where the folder does not hold what `checksums` found.
+
+    known: (inode, sha256) of files that were verified before, perhaps under another name; added to.
+    """
+    known = known if known is not None else set()
     for name, (size, digest) in sums.items():
         file = folder / name
         try:
-            intact = file.stat().st_size == size and sha256(file) == digest
+            found = file.stat()
+            if (found.st_ino, digest) in known and found.st_size == size:
+                continue
+            intact = found.st_size == size and sha256(file) == digest
         except OSError:
             intact = False
         if not intact:
             raise Damaged(f"{folder.name}/{name} is missing or altered")
+        known.add((found.st_ino, digest))
 
 
 def sweep(folder: Path, keep: Collection[str]) -> None:

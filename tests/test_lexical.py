@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from indexers.lexical import Lexical, Scan, grow
+from indexers.lexical import Folder, Lexical, Scan, grow
 from indexers.shards import Damaged, verify_folder
 from retrieval.types import Ranking
 
@@ -81,7 +81,7 @@ def test_filters_and_ties_equal_the_scan(tmp_path: Path, share: float, k: int) -
 def test_the_next_folder_leaves_the_one_before_as_it_was(tmp_path: Path) -> None:
     sums = grow(None, tmp_path / "first", enumerate(DOCUMENTS), ())
     first = Lexical(tmp_path / "first")
-    grow(tmp_path / "first", tmp_path / "second", [(6, "heart again")], [0])
+    grow(Folder(tmp_path / "first", sums), tmp_path / "second", [(6, "heart again")], [0])
     second = Lexical(tmp_path / "second")
     assert {hit.id for hit in first.search(["heart"], 9, None, NAMES)[0]} == {"id0", "id4"}
     assert {hit.id for hit in second.search(["heart"], 9, None, NAMES)[0]} == {"id4", "id6"}
@@ -89,10 +89,12 @@ def test_the_next_folder_leaves_the_one_before_as_it_was(tmp_path: Path) -> None
 
 
 def test_many_small_steps_keep_every_document(tmp_path: Path) -> None:
-    previous = None
+    previous: Folder | None = None
     for n in range(25):
-        grow(previous, tmp_path / f"step{n}", [(n, f"heart w{n}")], [n - 3] if n % 2 and n > 1 else [])
-        previous = tmp_path / f"step{n}"
+        dead = [n - 3] if n % 2 and n > 1 else []
+        files = grow(previous, tmp_path / f"step{n}", [(n, f"heart w{n}")], dead)
+        previous = Folder(tmp_path / f"step{n}", files)
+        verify_folder(*previous)
     names = [f"id{n}" for n in range(25)]
     found = {hit.id for hit in Lexical(tmp_path / "step24").search(["heart"], 99, None, names)[0]}
     assert found == {f"id{n}" for n in range(25) if n % 2 or n >= 22}

@@ -103,6 +103,23 @@ def test_a_folder_is_checked_file_by_file(tmp_path: Path) -> None:
         shards.verify_folder(folder, sums)
 
 
+def test_a_linked_file_is_hashed_once_and_a_copy_is_not_trusted(tmp_path: Path) -> None:
+    first, second, third = (tmp_path / name for name in ("first", "second", "third"))
+    for folder in (first, second, third):
+        folder.mkdir()
+    (first / "segment").write_bytes(b"one")
+    (second / "segment").hardlink_to(first / "segment")
+    sums = shards.checksums(first)
+    assert shards.checksums(second, sums) == sums
+    known: set[tuple[int, str]] = set()
+    shards.verify_folder(first, sums, known)
+    shards.verify_folder(second, sums, known)
+    assert len(known) == 1
+    (third / "segment").write_bytes(b"two")
+    with pytest.raises(Damaged):
+        shards.verify_folder(third, sums, known)
+
+
 def test_sweeping_keeps_what_is_named_and_strangers(tmp_path: Path) -> None:
     kept = shards.write(tmp_path, "kept", ARRAYS)
     shards.write_bytes(tmp_path, "gone", b"x", "png")
