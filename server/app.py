@@ -106,15 +106,18 @@ def serve(settings: Settings, host: str, port: int) -> None:
     if not settings.api_keys and not _loopback(host):
         raise InputError(f"serve: got --host {host} without keys; set LIGHTBOX_API_KEYS, or serve on 127.0.0.1")
     logs.configure()
-    app = create_app(settings)
+    run(create_app(settings), host, port, len(Home(settings).names()))
+
+
+def run(app: FastAPI, host: str, port: int, collections: int) -> None:
+    """Runs the application until the process is told to stop, and says where it listens."""
     listening = _bound(host, port)
-    port = listening.getsockname()[1]
     shown = f"[{host}]" if ":" in host else host
     config = uvicorn.Config(
         app, log_config=None, access_log=False, server_header=False, timeout_keep_alive=15,
         timeout_graceful_shutdown=GRACE_S,
     )  # fmt: skip
-    print(f"Lightbox serves {len(Home(settings).names())} collections on http://{shown}:{port}", flush=True)
+    print(f"Lightbox serves {collections} collections on http://{shown}:{listening.getsockname()[1]}", flush=True)
     with suppress(KeyboardInterrupt):  # Ctrl-C is a way to stop a server, not an error
         _Server(config, app.state.jobs).run(sockets=[listening])
 

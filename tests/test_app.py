@@ -6,16 +6,21 @@ import asyncio
 import base64
 import hashlib
 import json
+import struct
 import threading
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 from fastapi.testclient import TestClient
 
+from encoders.images import read_picture
 from retrieval.files import read_source
 from retrieval.request import Request, RequestPart
+from retrieval.types import Document
 from server.assemble import Config
 from server.batching import Searches
 from server.home import silent
@@ -362,3 +367,199 @@ def test_metrics_count_requests_by_route_and_never_by_id(client: TestClient) -> 
     text = client.get("/metrics").text
     assert 'route="/v1/collections/{c}/documents/{id:path}"' in text
     assert "lightbox_stage_seconds" in text
+
+
+# --- what is easy to get wrong --------------------------------------------------------------------
+
+
+def test_ids_may_hold_slashes_and_words_of_routes(client: TestClient) -> None:
+    names = ["a/b", "x/image", "delete", "y/search", "..", "../z", "50% off?", "é/ü", "#1"]
+    body = [{"_id": name, "text": "a heart", "image": {"base64": base64.b64encode(PNG).decode()}} for name in names]
+    assert client.post(f"{FILMS}/documents", json=body).json()["added"] == len(names)
+    for name in names:
+        path = f"{FILMS}/documents/{quote(name, safe='')}"
+        if name != "..":  # a client removes such a step from a path before it is sent
+            assert client.get(path).json()["id"] == name
+            assert client.get(client.get(path).json()["image_url"]).content == PNG
+            assert client.delete(path).json() == {"deleted": 1}
+    left = client.post(f"{FILMS}/documents/delete", json={"where": {"$not": {"year": {"$exists": True}}}})
+    assert left.json() == {"deleted": 1}
+
+
+def test_a_read_key_removes_nothing_whatever_the_id_is_called(tmp_path: Path) -> None:
+    keys = (
+        ApiKey("r", "read", hashlib.sha256(b"r").hexdigest()),
+        ApiKey("w", "write", hashlib.sha256(b"w").hexdigest()),
+    )
+    for client in client_of(tmp_path, api_keys=keys):
+        client.headers["x-api-key"] = "r"
+        for path in ("documents/search", "documents/x%2Fsearch", "documents/x/search", "documents/search/batch", ""):
+            refused(client.delete(f"{FILMS}/{path}"), 403)
+        for path in ("documents", "documents/delete", "rebuild", "evaluations", "ingestions"):
+            refused(client.post(f"{FILMS}/{path}", json={}), 403)
+        refused(client.put("/v1/collections/new", json={}), 403)
+        client.headers["x-api-key"] = "w"
+        refused(client.delete(FILMS), 403)
+        refused(client.delete("/v1/collections/a%2Fb"), 403)
+
+
+def test_every_item_of_an_upload_is_checked_like_a_line_of_a_source(client: TestClient) -> None:
+    lines = [
+        b'{"_id": "ok", "text": "fine", "metadata": {"note": "<script>alert(1)</script>"}}',
+        b'{"_id": "nan", "metadata": {"x": NaN}}',
+        b'{"_id": "huge", "metadata": {"x": 1e999}}',
+        b'{"_id": "long", "metadata": {"x": 99999999999999999999}}',
+        b'{"_id": "half", "text": "\\ud800"}',
+        b'{"_id": "control\\u0000"}',
+        b'{"_id": "' + b"x" * 600 + b'"}',
+        b'{"_id": "deep", "metadata": ' + b'{"a":' * 30 + b"1" + b"}" * 31,
+        b'{"_id": "deeper", "metadata": ' + b'{"a":' * 5000 + b"1" + b"}" * 5001,
+        b'{"_id": "path", "image": "/etc/passwd"}',
+        b'{"_id": "path2", "image": {"path": "/etc/passwd"}}',
+        b'{"_id": "url", "image": {"base64": "http://127.0.0.1:1/x.png"}}',
+        b'{"_id": "not64", "image": {"base64": "@@@"}}',
+        b'{"_id": "notimage", "image": {"base64": "aGVsbG8="}}',
+        b'{"_id": "extra", "surprise": 1}',
+        b'{"_id": 5}',
+        b"[]",
+        b"\xff",
+    ]
+    kind = {"content-type": "application/x-ndjson"}
+    response = client.post(f"{FILMS}/documents", content=b"\n".join(lines), headers=kind)
+    sent = response.json()
+    assert (sent["added"], sent["rejected"]) == (1, len(lines) - 1), sent
+    assert all(item["reason"] for item in sent["items"][1:])
+    assert "passwd" not in json.dumps([item["reason"] for item in sent["items"]])
+    assert client.get(f"{FILMS}/documents/ok").json()["metadata"]["note"] == "<script>alert(1)</script>"
+    assert response.headers["content-type"] == "application/json"
+
+
+@pytest.mark.parametrize("depth", [10, 60, 250, 600, 950, 10_000])
+def test_filters_of_any_depth_are_answered_or_refused(client: TestClient, depth: int) -> None:
+    where = b'{"$not":' * depth + b'{"year":2012}' + b"}" * depth
+    kind = {"content-type": "application/json"}
+    for path, body in (("search", b'{"query":[{"text":"x"}],"where":' + where + b"}"),
+                       ("documents/delete", b'{"where":{"$and":[{"year":1}, ' + where + b"]}}")):  # fmt: skip
+        response = client.post(f"{FILMS}/{path}", content=body, headers=kind)
+        assert response.status_code in ((200, 422) if depth < 100 else (400, 422)), response.json()
+
+
+def test_pictures_that_are_none_or_bombs_are_refused(tmp_path: Path) -> None:
+    class Reading(FakeModels):
+        def reader(self, config: Config) -> Any:
+            return lambda image: read_picture(image, max_pixels=10_000)
+
+    made = Settings(home=tmp_path)
+    home = Home(made, Reading(made))
+    home.create("films", Config())
+    head = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
+    bomb = head + struct.pack(">IIBBBBB", 60000, 60000, 8, 0, 0, 0, 0)
+    bomb += struct.pack(">I", zlib.crc32(bomb[12:])) + b"\0\0\0\0IEND\xaeB`\x82"
+    with TestClient(small_app(made, home), base_url=HERE, raise_server_exceptions=False) as client:
+        for picture, status in ((b"hello", 415), (b"", 415), (head, 415), (bomb, 413)):
+            body = {"query": [{"image": base64.b64encode(picture).decode()}]}
+            refused(client.post(f"{FILMS}/search", json=body), status, "query[0].image")
+        sent = client.post(
+            f"{FILMS}/documents", json=[{"_id": "b", "image": {"base64": base64.b64encode(bomb).decode()}}]
+        ).json()
+        assert (sent["added"], sent["rejected"]) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        ({"measures": ["nDCG@0"], "source": "x"}, "measures"),
+        ({"measures": ["nonsense"], "source": "x"}, "measures"),
+        ({"retrievers": ["magic"], "source": "x"}, "retriever"),
+        ({"retrievers": ["hybrid+rerank"], "source": "x"}, "retriever"),
+        ({"queries": [{"_id": "q", "text": "x"}], "qrels": {"p": {"a": 1}}}, "qrels"),
+        ({"queries": [{"_id": "q"}, {"_id": "q"}], "qrels": {"q": {"a": 1}}}, "queries"),
+        ({"queries": [{"_id": "q"}], "qrels": {"q": {"a": -1}}}, "qrels.q.a"),
+        ({"source": "x", "queries": [{"_id": "q"}], "qrels": {}}, None),
+    ],
+)
+def test_an_evaluation_is_refused_before_it_starts(client: TestClient, body: Any, field: str | None) -> None:
+    refused(client.post(f"{FILMS}/evaluations", json=body), 422, field)
+    assert client.get("/v1/jobs").json() == {"jobs": []}
+
+
+def test_sources_of_the_configured_folder_are_evaluated_and_added(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_source(tmp_path / "sources" / "more", [{"_id": "new", "text": "a heart"}, {"_id": ""}])
+    monkeypatch.setenv("LIGHTBOX_SOURCES", str(tmp_path / "sources"))
+    for client in client_of(tmp_path, sources=tmp_path / "sources"):
+        jobs = [
+            client.post(f"{FILMS}/ingestions", json={"source": "more"}).json(),
+            client.post(f"{FILMS}/evaluations", json={"source": "more", "retrievers": ["lexical"]}).json(),
+        ]
+        added, measured = (ended(client, job["id"]) for job in jobs)
+        assert added["result"] == {"documents": 4, "added": 1, "rejected": 1}
+        assert added["errors"] == ["line 2: no _id, or an empty one"]
+        assert measured["result"]["results"]["lexical"]["RR@10"] == 1.0
+        refused(client.post(f"{FILMS}/ingestions", json={"source": "../more"}), 404, "source")
+
+
+def ended(client: TestClient, id: str) -> Any:
+    with client.stream("GET", f"/v1/jobs/{id}/events") as events:
+        return [json.loads(line[5:]) for line in events.iter_lines() if line.startswith("data:")][-1]
+
+
+def test_cursors_are_pinned_to_their_query_their_snapshot_and_their_collection(client: TestClient) -> None:
+    cursor = ask(client, k=1).json()["cursor"]
+    refused(ask(client, "another", k=1, cursor=cursor), 422, "cursor")
+    for n in range(9):  # more published states than are kept
+        client.post(f"{FILMS}/documents", json=[{"_id": f"n{n}", "text": "a heart"}])
+        ask(client)
+    refused(ask(client, k=1, cursor=cursor), 410, "cursor")
+    forged = base64.urlsafe_b64encode(b'[1, 1, "x", -5]').decode()
+    refused(ask(client, cursor=forged), 422, "cursor")
+
+
+def test_groups_thresholds_facets_and_fields_are_as_asked(client: TestClient) -> None:
+    grouped = ask(client, group_by="projection", facets=["projection"], fields=["title"]).json()
+    assert [hit["group"]["value"] for hit in grouped["hits"]] in (["ap", "pa"], ["pa", "ap"])
+    assert sum(hit["group"]["size"] for hit in grouped["hits"]) == 3
+    assert "text" not in grouped["hits"][0]
+    assert ask(client, min_confidence=1.0).json()["hits"] == []  # three documents cannot be calibrated: none is sure
+    assert ask(client, highlight=False).json()["hits"][0]["highlights"] == {}
+
+
+def test_what_another_process_publishes_is_seen(client: TestClient, tmp_path: Path) -> None:
+    other = Home(Settings(home=tmp_path), FakeModels(Settings(home=tmp_path)))
+    before = client.get(FILMS).json()["generation"]
+    other.add("films", [Document(id="theirs", text="a pneumothorax")], silent)
+    assert ids(ask(client, "pneumothorax", retriever="lexical")) == ["theirs"]
+    other.rebuild("films", progress=silent)
+    assert ask(client, "pneumothorax").json()["generation"] == before + 1
+    other.index("fresh", [Document(id="x", text="a heart")], Config(), progress=silent)
+    assert len(client.post("/v1/collections/fresh/search", json={"query": [{"text": "heart"}]}).json()["hits"]) == 1
+    other.delete("fresh")
+    refused(client.post("/v1/collections/fresh/search", json={"query": [{"text": "heart"}]}), 404)
+
+
+def test_the_log_holds_no_word_of_a_query_or_a_report(client: TestClient, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    ask(client, "secretword", where={"secretword": "secretword"})
+    client.post(f"{FILMS}/documents", json=[{"_id": "secretword", "text": "secretword"}])
+    client.get(f"{FILMS}/documents/secretword?q=secretword")
+    ours = [record for record in caplog.records if record.name.startswith("lightbox")]
+    assert len(ours) == 3
+    for record in ours:
+        assert "secretword" not in json.dumps(vars(record), default=str)
+
+
+def test_bodies_of_every_route_are_limited_and_strict(tmp_path: Path) -> None:
+    kind = {"content-type": "application/json"}
+    for client in client_of(tmp_path, max_body=2000):
+        for path in ("documents/delete", "evaluations", "rebuild", "documents"):
+            big = json.dumps({"x": "y" * 3000}).encode()
+            refused(client.post(f"{FILMS}/{path}", content=iter([big[:1500], big[1500:]]), headers=kind), 413)
+            refused(client.post(f"{FILMS}/{path}", content=b'{"a": NaN}', headers=kind), 400)
+            refused(client.post(f"{FILMS}/{path}", content=b'"\\ud800"', headers=kind), 400)
+        for length in ("-1", "x", "9" * 30):
+            refused(client.post(f"{FILMS}/search", content=b"{}", headers=kind | {"content-length": length}), 413)
+        refused(client.request("BREW", f"{FILMS}/search"), 405)
+        refused(client.get("/static/../app.py"), 404)
+        refused(client.get("/static/%2e%2e/app.py"), 404)
+    assert "BREW" not in client.get("/metrics").text
