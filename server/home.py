@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 QUARANTINE = "quarantine.jsonl"
 CALIBRATED = "calibration.json"
+CALIBRATED_WITHIN = 0.1  # a collection that grew or shrank by a larger share is calibrated again
 FACET_SAMPLE = 200  # documents looked at for fields that make facets
 TUNED = "weights.json"  # fusion weights learned for this collection, beside its generations
 
@@ -205,7 +206,7 @@ class Home:
             shard=shard,
         )
         if shard is None:
-            self._calibrate(name, progress)
+            self._calibrate(name, progress, anew=done.added > 0)
         return done
 
     def create(self, name: str, config: Config) -> Summary:
@@ -258,7 +259,7 @@ class Home:
             config["vector_index"] = vector_index
         self._must_be_writable(self.folder(name))
         done = rebuild(self.folder(name), vector_index=vector_index, config=config, progress=progress, gate=gate)
-        self._calibrate(name, progress)
+        self._calibrate(name, progress, anew=False)
         return done
 
     def check_vector_index(self, spec: str | None) -> None:
@@ -320,11 +321,17 @@ class Home:
         parts = self.models.parts(config, {**shipped_weights(), **learned.weights})
         return parts._replace(calibrations=learned.calibrations)
 
-    def _calibrate(self, name: str, progress: Progress) -> None:
+    def _calibrate(self, name: str, progress: Progress, anew: bool) -> None:
+        """Measures what scores mean here: `anew`, or where that was never done, or done on far fewer documents."""
         from retrieval.calibrate import calibrate
 
+        engine = self.engine(name)
+        documents = len(engine.index.snapshot())
+        before = self._kept(name, CALIBRATED, self.config(name)).get("documents")
+        if not anew and before is not None and abs(documents - before) <= CALIBRATED_WITHIN * documents:
+            return
         progress("calibrate", 0, 1)
-        self._keep(name, CALIBRATED, {"calibrations": confidence.to_json(calibrate(self.engine(name)))})
+        self._keep(name, CALIBRATED, {"documents": documents, "calibrations": confidence.to_json(calibrate(engine))})
         progress("calibrate", 1, 1)
 
     def _keep(self, name: str, file: str, learned: Mapping[str, Any]) -> None:

@@ -179,6 +179,21 @@ def test_a_big_enough_collection_says_how_sure_a_hit_is(tmp_path: Path) -> None:
     assert home.info("many")["calibrated"]
 
 
+def test_confidence_is_measured_again_only_where_the_collection_changed(home: Home, tmp_path: Path) -> None:
+    phases: list[str] = []
+
+    def told(phase: str, done: int, total: int | None) -> None:
+        phases.append(phase)
+
+    documents = list(read_source(tmp_path / "source").documents())
+    home.index("films", documents, DEFAULT, progress=told)
+    home.rebuild("films", progress=told)
+    assert "calibrate" not in phases
+    home.add("films", [Document(id=f"{n}", text="rib") for n in range(3)], silent)
+    home.rebuild("films", progress=told)
+    assert phases.count("calibrate") == 2  # when it starts and when it ends
+
+
 def test_create_makes_an_empty_collection_once(home: Home) -> None:
     home.create("fresh", Config())
     assert home.info("fresh")["documents"] == 0
