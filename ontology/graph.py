@@ -115,7 +115,7 @@ def load(folder_or_file: Path) -> Ontology:
     if not manifest.is_file():
         found = readable(folder_or_file) if folder_or_file.is_dir() else [folder_or_file]
         if not found:
-            raise NotFound(f"ontology: got the folder '{folder_or_file.name}' without .obo, .json, .jsonl, .tsv or .RRF")
+            raise NotFound(f"ontology: got '{folder_or_file.name}' without any .obo, .json, .jsonl, .tsv or .RRF file")
         return merged([read(path) for path in found])
     try:
         listed = json.loads(manifest.read_text())

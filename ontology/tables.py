@@ -25,14 +25,17 @@ from ontology.words import Vocabulary
 from retrieval.errors import BackendError, Invalid
 
 CHEST = Path(__file__).parent / "chest"
-FORMAT = 8  # of the compiled tables: raise it when what they hold changes
+FORMAT = 9  # of the compiled tables: raise it when what they hold changes
 GRAM, LETTERS = 3, 6  # words of a name that is looked for when misspelled, at most; its letters, at least
 _ARRAYS = ("idf", "starts", "rows", "weights")
 
 
 @dataclass(frozen=True)
 class Tables:
-    """What linking and scoring read. `parents` and `types` go by the numbers of `lexicon.concepts`."""
+    """What linking and scoring read.
+
+    `names`, `types` and `parents` go by the numbers of `lexicon.concepts`; `known` are the stems of all names.
+    """
 
     digest: str
     folder: Path
@@ -42,6 +45,7 @@ class Tables:
     lexicon: Lexicon
     facets: Facets
     weights: dict[str, float]
+    known: frozenset[str]
 
     @cached_property
     def numbers(self) -> dict[str, int]:
@@ -61,14 +65,6 @@ class Tables:
     @cached_property
     def _spellings(self) -> dict[str, Any]:
         return cast(dict[str, Any], json.loads((self.folder / "trigrams.json").read_text(encoding="utf-8")))
-
-    @cached_property
-    def known(self) -> frozenset[str]:
-        """Stems that occur in some name, or have a part of their own in mentions."""
-        vocabulary = self.lexicon.vocabulary
-        tables = (self.lexicon.names, self.lexicon.lay, self.lexicon.normal)
-        stems = {stem for table in tables for key in table for stem in key.lstrip("=").split()}
-        return frozenset(stems) | vocabulary.modifiers | vocabulary.coordinated | vocabulary.stop
 
 
 def load_tables(source: Path, cache: Path) -> Tables:
@@ -124,6 +120,7 @@ def _write(folder: Path, source: Path, ontology: graph.Ontology) -> None:
             "facets": [[list(key), sorted(held)] for key, held in facets.words.items()],
             "definitions": [[c, sorted(held)] for c, held in facets.definitions if c in numbers],
             "weights": {concept: weight for concept, weight in _weights(source).items() if concept in numbers},
+            "known": sorted(_stems(lexicon)),
             "words": json.loads(words_file(source).read_text(encoding="utf-8")),
         }
         _put(made / "lexicon.json", content)
@@ -139,6 +136,15 @@ def _write(folder: Path, source: Path, ontology: graph.Ontology) -> None:
                 raise
     finally:
         shutil.rmtree(made, ignore_errors=True)
+
+
+def _stems(lexicon: Lexicon) -> set[str]:
+    """Stems that occur in some name, or have a part of their own in mentions."""
+    vocabulary = lexicon.vocabulary
+    stems = {
+        s for table in (lexicon.names, lexicon.lay, lexicon.normal) for key in table for s in key.lstrip("=").split()
+    }
+    return stems | vocabulary.modifiers | vocabulary.coordinated | vocabulary.stop
 
 
 def _weights(source: Path) -> dict[str, float]:
@@ -185,4 +191,4 @@ def _read(folder: Path, digest: str) -> Tables:
         [(concept, frozenset(held)) for concept, held in content["definitions"]],
     )
     lists = content["names"], content["types"], content["parents"]
-    return Tables(digest, folder, *lists, lexicon, facets, content["weights"])
+    return Tables(digest, folder, *lists, lexicon, facets, content["weights"], frozenset(content["known"]))

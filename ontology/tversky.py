@@ -9,7 +9,7 @@ For reports, with I = sum of w * min(q, d), f = W(d) - I and b = W(q) - I:
 where C weighs what one asserts and the other denies (the signed form; the paper has only what the query itself
 contradicts). alpha 0.5, beta 1, cost 0 without hierarchy is the weighted Dice index. What both deny breaks ties.
 
-For phrases, containment: the share of the query's weight that a document answers, by asserting a concept (or one
+For phrases, containment: the share of the query's concepts that a document answers, by asserting a concept (or one
 below it) that the query asserts, or denying one that it denies; asserting what is denied costs as much.
 """
 
@@ -395,8 +395,11 @@ class _Columns:
         return self._total(columns)
 
     def containing(self, query: Profile) -> Scores:
-        """(N,) share of a phrase's weight that the rows answer; never above 0 for rows that contradict all of it."""
-        weights = {concept: self.by.weight(concept) for concept in (*query.asserted, *query.denied)}
+        """(N,) share of what a phrase says that the rows answer; 0 for rows that contradict as much as they answer.
+
+        What was typed was meant: concepts count alike here, but for anatomy.
+        """
+        weights = {concept: float(self.by.weight(concept) > 0) for concept in (*query.asserted, *query.denied)}
         if not any(weights.values()):
             weights = dict.fromkeys(weights, 1.0)
         whole = sum(weights.values()) or 1.0

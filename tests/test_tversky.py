@@ -160,6 +160,13 @@ def test_a_phrase_is_answered_in_parts() -> None:
     assert both > one > contrary == 0
 
 
+def test_what_a_phrase_asks_for_counts_alike() -> None:
+    part = Part(text="effusion and a nodule", findings=said("effusion", "nodule"))
+    both, effusion, nodule = scores(over(), part, said("effusion", "nodule"), said("effusion"), said("nodule"))
+    assert both == 1
+    assert effusion == nodule == 0.5
+
+
 def test_long_reports_are_not_punished_when_a_phrase_is_asked_for() -> None:
     part = Part(text="nodule", findings=said("nodule"))
     short, long = scores(over(), part, said("nodule"), said("nodule", "mass", "effusion", "pneumothorax"))
