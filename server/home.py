@@ -10,6 +10,7 @@ import os
 import re
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import chain, islice
@@ -427,7 +428,7 @@ def _stamp(path: Path) -> Stamp:
 
 
 def _write_atomically(path: Path, text: str) -> None:
-    fresh = path.with_name(path.name + ".new")
+    fresh = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.new")  # several may write at once
     with fresh.open("w") as file:
         file.write(text)
         file.flush()
