@@ -43,6 +43,7 @@ Manifest = dict[str, Any]
 T = TypeVar("T")
 BACKGROUND_BYTES = 1 << 30  # derived parts from this size on are verified while they are used already
 RETRIES = 5
+REMEMBERED = 10_000  # names of files that were verified
 HASHING_THREADS = 4
 FLAT = parse_spec("flat")
 
@@ -96,6 +97,9 @@ class Generation:
             if previous is not None and previous.sequence == state.sequence and previous.settled:
                 return previous
             about = reader.about()
+            if len(self._verified) > REMEMBERED:  # a server may live through very many publishes
+                self._verified.clear()
+                self._intact.clear()
             manifest = self.manifest(state)
             parts = {"manifest": OK if manifest else "missing or damaged"}
             rows = self._rows(reader, state, manifest, previous, parts)

@@ -335,6 +335,8 @@ def _tidy(folder: Path, now: int) -> None:
     for path in (folder / "generations").iterdir():
         if path.name.isdigit() and int(path.name) not in keep:
             shutil.rmtree(path, ignore_errors=True)
+    for path in folder.glob(f"*{shards.TEMPORARY}"):
+        path.unlink(missing_ok=True)
     shards.sweep(folder / "shards", names)
     if (folder / "blobs").exists():
         shards.sweep(folder / "blobs", blobs)

@@ -352,9 +352,11 @@ def test_what_a_crash_left_is_swept(home: Path) -> None:
     (home / "generations" / "000002.partial").mkdir()
     (home / "generations" / "000002.partial" / "store.sqlite").write_bytes(b"half")
     (home / "shards" / ("vectors-" + "0" * 64 + ".safetensors")).write_bytes(b"orphan")
+    (home / "current.0.writing").write_bytes(b"half")
     assert len(ids(home)) == 3
     rebuild(home, progress=quiet)
     assert sorted(path.name for path in (home / "generations").iterdir()) == ["000001", "000002"]
+    assert list(home.glob("*.writing")) == []
     assert len(list((home / "shards").iterdir())) == 1
 
 
