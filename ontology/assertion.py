@@ -61,7 +61,9 @@ _SECTION = re.compile(
     r"|clinical (?:history|indication)s?(?:/|\s+and\s+)\w+|indication/history|signs? (?:and|/) symptoms?"
     r"|ordering diagnosis|rule out)"
     r"|(?P<family>family (?:medical )?history|fh|fhx|fam hx)"
-    r"|(?P<other>[a-z][a-z /&,()-]{1,48}))[ \t]*(?::(?!\d)|[ \t]-[ \t]|(?=\r?\n))"
+    r"|(?P<title>findings|impression|conclusions?|technique|comparison|procedure|exam(?:ination)?|assessment|plan"
+    r"|results?|hospital course|physical exam(?:ination)?|medications|past medical history|laboratory data)"
+    r"|(?P<other>[a-z][a-z /&,()-]{1,48}(?=[ \t]*:|[ \t]-[ \t])))[ \t]*(?::(?!\d)|[ \t]-[ \t]|(?=\r?\n))"
 )
 _RELATIVE = re.compile(
     r"\b(?:mother|father|brother|sister|aunt|uncle|grandmother|grandfather|grandparents?|cousin|sibling|parents?"
@@ -125,7 +127,7 @@ def readings(text: str, spans: Sequence[tuple[int, int]]) -> list[Reading]:
 
 
 def _sections(text: str) -> list[tuple[int, str]]:
-    """Where sections start, and of which kind: reason, family or other."""
+    """Where sections start, and of which kind: only reason and family matter."""
     if ":" not in text and "\n" not in text:
         return []
     return [(match.end(), str(match.lastgroup)) for match in _SECTION.finditer(text)]
@@ -136,7 +138,7 @@ def _in_context(text: str, span: tuple[int, int], sentence: _Sentence, sections:
     if reading.assertion is not Assertion.affirmed:
         return reading
     at = bisect_right(sections, (span[0], "~")) - 1
-    if at >= 0 and sections[at][1] != "other" and "\n\n" not in text[sections[at][0] : span[0]].lstrip():
+    if at >= 0 and sections[at][1] in ("reason", "family") and "\n\n" not in text[sections[at][0] : span[0]].lstrip():
         return Reading(Assertion.uncertain, sections[at][1])
     before = text[sentence.start : span[0]]
     if _RELATIVE.search(before):
