@@ -8,7 +8,7 @@ its parts, and ``sum(weight * normalised)`` over them is its score.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Literal
 
 from retrieval.types import Hit, Ranking, Share
@@ -35,7 +35,7 @@ def fuse(legs: Mapping[str, Ranking], weights: Weights, k: int, method: Method =
     # Rounding groups what is equal within 1e-6, so that the smaller id wins among the tied.
     best = heapq.nsmallest(k, totals, key=lambda id: (-round(totals[id], 6), id))
     ranks = {leg: {hit.id: (rank, hit.score) for rank, hit in enumerate(legs[leg], 1)} for leg in spoken}
-    hits = (Hit(id, totals[id], _shares(id, spoken, ranks, normalised)) for id in best)
+    hits = (Hit(id, totals[id], _Shares(id, spoken, ranks, normalised)) for id in best)
     return Ranking(
         hits,
         exact=all(ranking.exact for ranking in legs.values()),
@@ -68,14 +68,33 @@ def reciprocal_ranks(ranking: Ranking) -> dict[str, float]:
 _NORMALISE: dict[Method, Callable[[Ranking], dict[str, float]]] = {"minmax": minmax, "rrf": reciprocal_ranks}
 
 
-def _shares(
-    id: str,
-    weights: Weights,
-    ranks: Mapping[str, Mapping[str, tuple[int, float]]],
-    normalised: Mapping[str, Mapping[str, float]],
-) -> dict[str, Share]:
-    shares = {}
-    for leg, weight in weights.items():
-        rank, raw = ranks[leg].get(id, (None, 0.0))
-        shares[leg] = Share(rank, raw, normalised[leg].get(id, 0.0), weight)
-    return shares
+class _Shares(Mapping[str, Share]):
+    """A hit's parts, made when they are looked at: most hits of a deep ranking are never shown."""
+
+    __slots__ = ("_id", "_normalised", "_ranks", "_weights")
+
+    def __init__(
+        self,
+        id: str,
+        weights: Weights,
+        ranks: Mapping[str, Mapping[str, tuple[int, float]]],
+        normalised: Mapping[str, Mapping[str, float]],
+    ) -> None:
+        self._id = id
+        self._weights = weights
+        self._ranks = ranks
+        self._normalised = normalised
+
+    def __getitem__(self, leg: str) -> Share:
+        weight = self._weights[leg]
+        rank, raw = self._ranks[leg].get(self._id, (None, 0.0))
+        return Share(rank, raw, self._normalised[leg].get(self._id, 0.0), weight)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)
+
+    def __repr__(self) -> str:
+        return repr(dict(self))
