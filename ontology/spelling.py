@@ -41,6 +41,15 @@ def allowance(word: str) -> int:
     return 0 if len(word) < SHORTEST else max(1, len(word) // 5)
 
 
+def shortened(word: str) -> set[str]:
+    """The word, and what is left of it without any one letter: words one slip apart share one of these.
+
+    >>> sorted(shortened("rib"))
+    ['ib', 'rb', 'ri', 'rib']
+    """
+    return {word, *(word[:at] + word[at + 1 :] for at in range(len(word)))}
+
+
 def nearest(word: str, vocabulary: Iterable[str]) -> str | None:
     """The closest word that is near enough and begins with the same letter, or None."""
     limit = allowance(word)

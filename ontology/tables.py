@@ -20,12 +20,13 @@ import numpy as np
 from ontology import graph, trigrams
 from ontology.facets import Facets, read_facets
 from ontology.lexicon import Lexicon, compiled
+from ontology.spelling import SHORTEST, shortened
 from ontology.trigrams import Trigrams
 from ontology.words import Vocabulary
 from retrieval.errors import BackendError, Invalid
 
 CHEST = Path(__file__).parent / "chest"
-FORMAT = 9  # of the compiled tables: raise it when what they hold changes
+FORMAT = 10  # of the compiled tables: raise it when what they hold changes
 GRAM, LETTERS = 3, 6  # words of a name that is looked for when misspelled, at most; its letters, at least
 _ARRAYS = ("idf", "starts", "rows", "weights")
 
@@ -61,6 +62,17 @@ class Tables:
     def named(self) -> dict[str, int]:
         """Name as the trigram table spells it -> the number of the concept that the dictionary gives it."""
         return dict(zip(self.trigrams.names, self._spellings["concepts"], strict=True))
+
+    @cached_property
+    def trusted(self) -> frozenset[str]:
+        """Those of these names that the most trusted source has."""
+        return frozenset(name for name, ours in zip(self.named, self._spellings["trusted"], strict=True) if ours)
+
+    @cached_property
+    def near(self) -> frozenset[str]:
+        """What the words of trusted names are without any one letter: a word one slip away from one shares it."""
+        words = {word for name in self.trusted for word in name.split() if len(word) >= SHORTEST}
+        return frozenset(left for word in words for left in shortened(word))
 
     @cached_property
     def _spellings(self) -> dict[str, Any]:
@@ -126,7 +138,14 @@ def _write(folder: Path, source: Path, ontology: graph.Ontology) -> None:
         _put(made / "lexicon.json", content)
         spelled = _spellings(ontology, lexicon)
         table = trigrams.fitted(list(spelled))
-        _put(made / "trigrams.json", {"names": table.names, "concepts": list(spelled.values()), "grams": table.grams})
+        trusted = _trusted(ontology)
+        spellings = {
+            "names": table.names,
+            "concepts": list(spelled.values()),
+            "trusted": [name in trusted for name in table.names],
+            "grams": table.grams,
+        }
+        _put(made / "trigrams.json", spellings)
         for name in _ARRAYS:
             np.save(made / f"{name}.npy", getattr(table, name), allow_pickle=False)
         try:
@@ -136,6 +155,14 @@ def _write(folder: Path, source: Path, ontology: graph.Ontology) -> None:
                 raise
     finally:
         shutil.rmtree(made, ignore_errors=True)
+
+
+def _trusted(ontology: graph.Ontology) -> set[str]:
+    return {_plain(s.text) for c in ontology.concepts.values() for s in c.synonyms if not s.source}
+
+
+def _plain(name: str) -> str:
+    return " ".join(name.lower().split())
 
 
 def _stems(lexicon: Lexicon) -> set[str]:
@@ -164,9 +191,7 @@ def _spellings(ontology: graph.Ontology, lexicon: Lexicon) -> dict[str, int]:
 
     What is corrected is a run of as many words at most, so longer names would only make the tables larger.
     """
-    names = dict.fromkeys(
-        " ".join(text.lower().split()) for concept in ontology.concepts.values() for text, _, _ in concept.synonyms
-    )
+    names = dict.fromkeys(_plain(text) for concept in ontology.concepts.values() for text, _, _ in concept.synonyms)
     found = {}
     for name in names:
         words = lexicon.vocabulary.words(name)
