@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import sys
 import uuid
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -74,12 +75,17 @@ class Pipeline:
         for text in texts:
             spans: list[Span] = []
             for start, piece in _pieces(text) if _EXPLAINED.search(text) else ():
-                for short in self.nlp(piece)._.abbreviations:
+                for short in self._read(piece)._.abbreviations:
                     number = concept(short._.long_form.text)
                     if number is not None:
                         spans.append(Span(start + short.start_char, start + short.end_char, number))
             found.append(spans)
         return found
+
+    def _read(self, text: str) -> Any:
+        with warnings.catch_warnings():  # the detector's matcher is empty until it has met an abbreviation
+            warnings.filterwarnings("ignore", message=r"\[W036\]")
+            return self.nlp(text)
 
     def candidates(self, texts: Sequence[str], k: int) -> list[list[Candidate]]:
         """scispaCy's candidates as names with cosines, best first."""
