@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import threading
 import time
@@ -127,6 +128,7 @@ WORK: Mapping[str, Callable[[State, Settings, Home, Report], dict[str, Any]]] = 
 
 def main(id: str, home: Callable[[Settings], Home] = Home) -> None:
     """Does the job, and ends at once when the server that started it is gone."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # how it is cancelled, also where a shell ignores Ctrl-C
     threading.Thread(target=_end_with_parent, daemon=True).start()
     logs.configure()
     settings = load()

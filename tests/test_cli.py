@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pty
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -435,6 +436,7 @@ def on_a_terminal(*words: str, home: Path, stop_at: str | None = None) -> tuple[
     pid, terminal = pty.fork()
     if pid == 0:
         os.environ["LIGHTBOX_HOME"] = str(home)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a run in the background inherits that Ctrl-C is ignored
         os.execv(sys.executable, [sys.executable, "-m", "server.cli", *words])
     shown = ""
     with contextlib.suppress(OSError):  # how the end of a terminal is told

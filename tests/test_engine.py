@@ -206,7 +206,7 @@ def test_a_run_takes_the_same_path_as_a_search() -> None:
     assert [hit.id for hit in run["q"]] == ids(e.search(ask("edema", k=4)))
 
 
-WORDS = "lung heart rib film left right upper lower lobe apex base hilum aorta spine node scar mass".split()  # noqa: SIM905
+WORDS = "lung heart rib film left right upper lower lobe apex base hilum aorta spine node scar mass".split()
 
 
 def shuffled(n: int) -> str:
