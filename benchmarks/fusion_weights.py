@@ -9,29 +9,26 @@ It keeps the share below, so that documents without words are found, too.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from benchmarks import collections
 from retrieval import tune
-from retrieval.files import read_source
 from server import judging, terminal
-from server.assemble import SHIPPED_WEIGHTS, Config
+from server.assemble import SHIPPED_WEIGHTS
 from server.home import Home
-from server.settings import load
 
 LEGS = ("lexical", "dense", "ontology")
 SOURCES = {  # kind of query -> collection, source, split
     "text": (
         ("scifact", "scifact", "train"),
-        ("reports", "label_reports", "test"),
-        ("reports", "absent_reports", "test"),
+        ("train-reports", "label_reports", "test"),
+        ("train-reports", "absent_reports", "test"),
     ),
-    "report": (("reports", "report_reports", "test"),),
+    "report": (("train-reports", "report_reports", "test"),),
 }
 IMAGE_SHARE = 0.1  # of the weight of queries in words
 # A picture alone is silent in lexical and ontology, and `image` has the rest; the text vectors nearest to a film say
@@ -41,16 +38,13 @@ PICTURE = {"lexical": 0.2, "dense": 0.0, "ontology": 0.3, "image": 0.5}
 
 def main(write: bool) -> None:
     """Prints a table; writes server/weights.json where `write`."""
-    data = Path(os.environ.get("LIGHTBOX_DATA", "../shared/data"))
-    work = Path("runs") / "fusion-weights"
-    subprocess.run([sys.executable, data / "tasks.py", work, "--part", "train"], check=True)
-    home = Home(load(home=work / "home"))
-    _index(home, "scifact", data / "scifact")
-    _index(home, "reports", work / "label_reports")
+    home, films = collections.home(), collections.tasks("train")
+    collections.indexed(home, "scifact", collections.data() / "scifact", pictures=False)
+    collections.indexed(home, "train-reports", films / "label_reports", pictures=False)
     shipped: dict[str, dict[str, float]] = {"picture": PICTURE}
     for kind, sources in SOURCES.items():
         judged = [
-            _candidates(home, collection, (data if source == "scifact" else work) / source, split)
+            _candidates(home, collection, (collections.data() if source == "scifact" else films) / source, split)
             for collection, source, split in sources
         ]
         weights, mean = tune.learn_weights(LEGS, judged)
@@ -62,16 +56,11 @@ def main(write: bool) -> None:
         SHIPPED_WEIGHTS.write_text(json.dumps(dict(sorted(shipped.items(), reverse=True)), indent=1) + "\n")
 
 
-def _index(home: Home, name: str, source: Path) -> None:
-    with terminal.progress() as progress:
-        home.index(name, read_source(source).documents(), Config(image_encoder="none"), progress=progress)
-
-
 def _candidates(home: Home, name: str, source: Path, split: str) -> list[tune.Judged]:
     """What the legs give the judged queries of one source, a column per leg."""
     judged = judging.judgments(source, split)
     with terminal.progress() as progress:
-        legs, rows = judging.candidates(home.engine(name), judged.queries, judged.qrels, progress)
+        legs, rows = judging.candidates(home.engine(name), judged, progress, drop_identical_ids=True)
     order = [legs.index(leg) for leg in LEGS]
     return [row._replace(scores=np.ascontiguousarray(row.scores[:, order])) for row in rows]
 

@@ -49,8 +49,8 @@ def _texts(at: Home, results: dict[str, object]) -> list[str]:
 
 def _tuned(at: Home) -> Measured:
     """Hybrid with weights learned on the train queries, applied to the test queries once."""
-    engine, train = at.engine("scifact"), judgments(data() / "scifact", "train")
-    legs, judged = candidates(engine, train.queries, train.qrels, silent)
+    engine = at.engine("scifact")
+    legs, judged = candidates(engine, judgments(data() / "scifact", "train"), silent)
     weights, reached = learn_weights(legs, [judged])
     print("tuned", weights, reached, flush=True)
     return measure(

@@ -13,7 +13,7 @@ from retrieval.errors import Conflict, InputError, Invalid
 from retrieval.evaluate import Evaluation, evaluate, parse_measures
 from retrieval.fusion import Weights
 from retrieval.retrievers import DEPTH, Fused, Ontological, query_kind
-from retrieval.types import Index, Progress, Qrels, Query, Run, Snapshot
+from retrieval.types import Index, Progress, Qrels, Query, Ranking, Run, Snapshot
 
 MEASURES = ("nDCG@10", "R@100", "RR@10")
 
@@ -121,7 +121,7 @@ def learn(engine: Engine, judged: Judgments, progress: Progress) -> tuple[dict[s
     reached: dict[str, float] = {}
     for kind in sorted({query_kind(query) for query in judged.queries}):
         queries = [query for query in judged.queries if query_kind(query) == kind]
-        legs, rows = candidates(engine, queries, judged.qrels, progress)
+        legs, rows = candidates(engine, judged._replace(queries=queries), progress)
         if rows:
             weights[kind], value = tune.learn_weights(legs, [rows])
             reached[kind] = round(value, 4)
@@ -131,19 +131,27 @@ def learn(engine: Engine, judged: Judgments, progress: Progress) -> tuple[dict[s
 
 
 def candidates(
-    engine: Engine, queries: Sequence[Query], qrels: Qrels, progress: Progress
+    engine: Engine, judged: Judgments, progress: Progress, *, drop_identical_ids: bool = False
 ) -> tuple[list[str], list[tune.Judged]]:
     """The legs of `hybrid`, and what each gives the candidates of every judged query."""
-    hybrid = engine.retriever("hybrid", engine.snapshot())
+    hybrid, queries = engine.retriever("hybrid", engine.snapshot()), judged.queries
     if not isinstance(hybrid, Fused):
         raise TypeError(type(hybrid))
     runs = {leg: engine.run(queries, leg, DEPTH, None, _told(progress, leg, len(queries))) for leg in hybrid.legs}
+    if drop_identical_ids:
+        runs = {
+            leg: {q: Ranking(h for h in hits if h.id != q) for q, hits in run.items()} for leg, run in runs.items()
+        }
     understood = {
         name: dict(zip((query.id for query in queries), leg.understood(queries), strict=True))
         for name, leg in hybrid.legs.items()
         if isinstance(leg, Ontological)
     }
-    return list(runs), tune.judged(runs, {query.id: qrels[query.id] for query in queries}, understood)
+    return list(runs), tune.judged(runs, {query.id: judged.qrels[query.id] for query in queries}, understood)
+
+
+def _others(ranking: Ranking, id: str) -> Ranking:
+    return Ranking((hit for hit in ranking if hit.id != id), ranking.exact, ranking.recall)
 
 
 def _told(progress: Progress, phase: str, total: int) -> Callable[[int], None]:
