@@ -10,7 +10,7 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, NamedTuple, get_type_hints
 
 from retrieval.errors import InputError
 
@@ -37,19 +37,28 @@ class Tower:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Schedule:
-    """How long, how fast, on what. An epoch draws as many films as there are frontal ones."""
+class Pace:
+    """How long and how fast the loop of `encoders.train` goes, whatever it teaches."""
 
     epochs: tuple[int, ...]  # of each cycle; rate and size start over, the rate peaks at 0.7 of the cycle before
     batch: int = 128
-    shards: int = 1  # parts of a batch that are computed side by side, each with batch statistics of its own
     seed: int = 0
     rate: float = 1e-3
     warmup: float = 0.15  # share of the steps in which the rate rises
     weight_decay: float = 0.05
+    clip: float = 5.0  # norm above which a step's gradient is scaled down
+    ema: float = 0.0  # share of the averaged weights that a step keeps; 0 releases the latest weights
+    patience: int = 0  # epochs without a better dev figure after which a run ends; 0 goes on
+    precision: str = "auto"  # bfloat16 where the machine computes in it, float32 elsewhere
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Schedule(Pace):
+    """An epoch draws as many films as there are frontal ones."""
+
+    shards: int = 1  # parts of a batch that are computed side by side, each with batch statistics of its own
     size_from: int = 0  # side of the first epochs' films; 0 means full size throughout
     size_grown: float = 0.0  # share of the epochs by which the full size is reached
-    precision: str = "auto"  # bfloat16 where the machine computes in it, float32 elsewhere
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,45 +103,83 @@ class Recipe:
     loss: Loss = field(default_factory=Loss)
     findings: tuple[Topic, ...] = ()
     templates: tuple[str, ...] = ("{}",)  # how a phrase may be put; {} is the phrase
+    kind: str = "film"
 
     @property
     def digest(self) -> str:
         """sha256 of the values, whatever the order and comments of the file."""
-        return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()
+        return digest(self)
 
 
+def digest(recipe: Any) -> str:
+    """sha256 of a recipe's values, whatever the order and comments of its file."""
+    return hashlib.sha256(json.dumps(dataclasses.asdict(recipe), sort_keys=True).encode()).hexdigest()
+
+
+class Limits(NamedTuple):
+    """What values a recipe may hold, by dotted name."""
+
+    ranges: Mapping[str, tuple[float, float]]
+    choices: Mapping[str, tuple[str, ...]]
+
+
+PACE = Limits(
+    {
+        "schedule.batch": (2, 65_536), "schedule.seed": (0, 2**31), "schedule.rate": (1e-7, 1),
+        "schedule.warmup": (0, 0.9), "schedule.weight_decay": (0, 1), "schedule.clip": (1e-3, 1e6),
+        "schedule.ema": (0, 0.99999), "schedule.patience": (0, 10_000),
+    },
+    {"schedule.precision": ("auto", "float32", "bfloat16")},
+)  # fmt: skip
 _RANGES: Mapping[str, tuple[float, float]] = {
+    **PACE.ranges,
     "data.lateral": (0, 0.9), "data.balance": (0, 1),
     "tower.size": (32, 512), "tower.mean": (0, 1), "tower.std": (0.01, 1), "tower.dropout": (0, 0.9),
     "schedule.shards": (1, 64),
-    "schedule.batch": (2, 65_536), "schedule.seed": (0, 2**31),
-    "schedule.rate": (1e-7, 1), "schedule.warmup": (0, 0.9), "schedule.weight_decay": (0, 1),
     "schedule.size_from": (0, 512), "schedule.size_grown": (0, 1),
     "augment.zoom_low": (0.3, 1.5), "augment.zoom_high": (0.3, 1.5), "augment.shift": (0, 0.5),
     "augment.rotate": (0, 180), "augment.contrast": (0, 0.9), "augment.brightness": (0, 0.9), "augment.noise": (0, 1),
     "loss.reports": (0, 100), "loss.sentences": (0, 100), "loss.findings": (0, 100), "loss.denial": (0, 1),
     "loss.temperature": (0.01, 1),
 }  # fmt: skip
-_CHOICES: Mapping[str, tuple[str, ...]] = {
-    "data.part": ("train", "all"),
-    "schedule.precision": ("auto", "float32", "bfloat16"),
-}
+_CHOICES: Mapping[str, tuple[str, ...]] = {**PACE.choices, "data.part": ("train", "all"), "kind": ("film",)}
 
 
 def read(path: Path) -> Recipe:
-    """The recipe in a TOML file. Raises InputError that names the key, what it holds and what it may hold."""
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"no readable recipe at {path}: give the path of a TOML file") from error
-    except tomllib.TOMLDecodeError as error:
-        raise InputError(f"{path.name} is not valid TOML: {error}") from error
-    recipe: Recipe = _build(Recipe, table, "")
+    """The film recipe in a TOML file. Raises InputError that names the key, what it holds and what it may hold."""
+    recipe: Recipe = read_as(Recipe, path, Limits(_RANGES, _CHOICES))
     _check_together(recipe)
     return recipe
 
 
-def _build(kind: type, table: Any, at: str) -> Any:
+def kind_of(path: Path) -> str:
+    """What a recipe makes: its `kind`, `film` where it names none."""
+    return str(_table(path).get("kind", "film"))
+
+
+def read_as(kind: type, path: Path, limits: Limits) -> Any:
+    """The recipe in a TOML file as a `kind`, within `limits`. Raises InputError as `read` does."""
+    recipe = _build(kind, _table(path), "", limits)
+    check_epochs(recipe.schedule)
+    return recipe
+
+
+def check_epochs(pace: Pace) -> None:
+    """Raises InputError where there is no cycle, or one without an epoch."""
+    if not pace.epochs or min(pace.epochs) < 1:
+        raise InputError("schedule.epochs must list one number or more, each 1 or more", "schedule.epochs")
+
+
+def _table(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"no readable recipe at {path}: give the path of a TOML file") from error
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"{path.name} is not valid TOML: {error}") from error
+
+
+def _build(kind: type, table: Any, at: str, limits: Limits) -> Any:
     if not isinstance(table, dict):
         raise InputError(f"{at} holds {table!r}; a table is needed", at)
     fields = {f.name: f for f in dataclasses.fields(kind)}
@@ -145,34 +192,34 @@ def _build(kind: type, table: Any, at: str) -> Any:
     if missing:
         raise InputError(f"{_join(at, missing[0])} is missing from the recipe", missing[0])
     hints = get_type_hints(kind)
-    return kind(**{name: _value(hints[name], value, _join(at, name)) for name, value in table.items()})
+    return kind(**{name: _value(hints[name], value, _join(at, name), limits) for name, value in table.items()})
 
 
-def _value(kind: Any, value: Any, at: str) -> Any:
+def _value(kind: Any, value: Any, at: str, limits: Limits) -> Any:
     if kind == tuple[Topic, ...]:
-        return tuple(_topic(entry, f"{at}[{n}]") for n, entry in enumerate(_list(value, at)))
+        return tuple(_topic(entry, f"{at}[{n}]", limits) for n, entry in enumerate(_list(value, at)))
     if kind in (tuple[str, ...], tuple[int, ...]):
         inner = str if kind == tuple[str, ...] else int
-        return tuple(_value(inner, entry, f"{at}[{n}]") for n, entry in enumerate(_list(value, at)))
+        return tuple(_value(inner, entry, f"{at}[{n}]", limits) for n, entry in enumerate(_list(value, at)))
     if dataclasses.is_dataclass(kind):
-        return _build(kind, value, at)  # type: ignore[arg-type]
+        return _build(kind, value, at, limits)  # type: ignore[arg-type]
     allowed = (int, float) if kind is float else (kind,)
     if not isinstance(value, allowed) or isinstance(value, bool):
         raise InputError(f"{at} is {value!r}; needed is {kind.__name__}", at)
-    _check_value(value, at)
+    _check_value(value, at, limits)
     return kind(value)
 
 
-def _check_value(value: Any, at: str) -> None:
-    low, high = _RANGES.get(at, (float("-inf"), float("inf")))
+def _check_value(value: Any, at: str, limits: Limits) -> None:
+    low, high = limits.ranges.get(at, (float("-inf"), float("inf")))
     if not isinstance(value, str) and not low <= value <= high:
         raise InputError(f"{at} is {value}; it must lie between {low} and {high}", at)
-    if at in _CHOICES and value not in _CHOICES[at]:
-        raise InputError(f"{at} is {value!r}; it must be one of {', '.join(_CHOICES[at])}", at)
+    if at in limits.choices and value not in limits.choices[at]:
+        raise InputError(f"{at} is {value!r}; it must be one of {', '.join(limits.choices[at])}", at)
 
 
-def _topic(table: Any, at: str) -> Topic:
-    topic: Topic = _build(Topic, table, at)
+def _topic(table: Any, at: str, limits: Limits) -> Topic:
+    topic: Topic = _build(Topic, table, at, limits)
     if not topic.phrases or not all(phrase.strip() for phrase in topic.phrases):
         raise InputError(f"{at}.phrases holds no phrase or an empty one", at)
     try:
@@ -192,8 +239,6 @@ def _check_together(recipe: Recipe) -> None:
         raise InputError("every one of templates must hold {} once, and there must be one", "templates")
     if augment.zoom_low > augment.zoom_high:
         raise InputError("augment.zoom_low is above augment.zoom_high", "augment.zoom_low")
-    if not recipe.schedule.epochs or min(recipe.schedule.epochs) < 1:
-        raise InputError("schedule.epochs must list one number or more, each 1 or more", "schedule.epochs")
     if recipe.schedule.batch % recipe.schedule.shards:
         raise InputError("schedule.shards must divide schedule.batch", "schedule.shards")
     if recipe.tower.dropout and recipe.schedule.shards > 1:

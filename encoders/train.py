@@ -1,201 +1,248 @@
-"""One training loop: a recipe in, a tower aligned to the frozen text encoder out.
+"""One training loop for every kind of encoder: a recipe in; weights, a lineage and a curve out.
 
-A film is pulled towards its report, towards single sentences of it, and towards phrases of the findings that it
-affirms; each pull is `encoders.contrastive.symmetric` over one score matrix with its own learned temperature.
-What is written is safetensors and JSON: `model.safetensors` (float16), `config.json`, `lineage.json`.
+What differs between a film tower, a text tower and a cross-encoder is a `Course`: it draws what a step learns from,
+computes the loss, judges on dev and writes the release. The loop owns the rest: the rate's cycles, averaged weights,
+the best epoch, checkpoints, several processes, and the record of all of it.
 
-Shapes: B films of a batch, F findings, D dimensions of the text encoder.
+What is written is safetensors, JSON and one PNG: never pickle.
 """
 
 from __future__ import annotations
 
-import copy
 import ctypes
-import dataclasses
 import hashlib
 import json
 import math
 import os
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import Tensor, distributed, nn
 
-from encoders.contrastive import same, symmetric
-from encoders.lesson import Lesson, augmented, lesson, one_sentence_each
-from encoders.recipe import Recipe, Schedule, read
-from encoders.studies import data_digest, read_studies
-from encoders.text import PACKAGED, text_encoder
+from encoders.recipe import Pace, kind_of
+from encoders.saving import folder_made, load, save, write_json
 from retrieval.errors import BackendError, InputError
 from retrieval.types import Encoder, Progress
 
 CHECKPOINT = "checkpoint.safetensors"
 
 
-@dataclass(frozen=True, slots=True)
-class Goal:
-    """Where a run leads, and digests of what it learns from and of the text encoder it aligns to."""
+class Course(Protocol):
+    """What one kind of training teaches; `module` holds all that learns, on the device where it learns."""
 
-    folder: Path
-    data: str
-    text: str
+    @property
+    def module(self) -> nn.Module: ...
+
+    @property
+    def pace(self) -> Pace: ...
+
+    @property
+    def digests(self) -> Mapping[str, str]:
+        """What one run may not change on its way: recipe, data, base."""
+        ...
+
+    @property
+    def steps(self) -> int:
+        """Of an epoch."""
+        ...
+
+    @property
+    def rows(self) -> int:
+        """That one step reads: what the rate counts."""
+        ...
+
+    def begin(self, epoch: int, draw: np.random.Generator) -> dict[str, float]:
+        """Draw what an epoch learns from; figures to note beside it."""
+        ...
+
+    def learn(self, step: int, draw: np.random.Generator) -> float:
+        """Add one step's gradient to the parameters; its loss."""
+        ...
+
+    def settle(self) -> None:
+        """Bring what a step changed back into its bounds."""
+        ...
+
+    def judge(self) -> dict[str, float]:
+        """Figures on dev; `dev` is the one that chooses the epoch. Empty where a course has none."""
+        ...
+
+    def release(self, folder: Path) -> dict[str, Any]:
+        """Write the weights and their configuration; what the lineage should tell."""
+        ...
 
 
 def train(recipe: Path, out: Path | None, progress: Progress, text: Encoder | None = None) -> Path:
     """Train by the recipe, or go on where a run of it was stopped; the folder that holds the weights.
 
-    out: None means `runs/<name of the recipe>`. text: the frozen text encoder, None for the packaged one.
+    out: None means `runs/<name of the recipe>`. text: the frozen text encoder of a film tower, None for the packaged
+    one. Under `torchrun` every process learns from its own draw and the gradients are averaged.
     Raises InputError for a bad recipe or data, BackendError where the loss stops being a number or the weights
     cannot be written.
     """
-    plan = read(recipe)
-    folder, cache = out or Path("runs") / recipe.stem, Path("runs") / "cache"
-    _make(folder)  # a folder that cannot be written should not be found out after the first epoch
-    studies = read_studies(_source(plan.data.source), plan.data.part)
-    text = text or text_encoder(None, cache)
-    goal = Goal(data=data_digest(studies), text=getattr(text, "weights", text.digests["text"]), folder=folder)
-    return _Run(plan, lesson(plan, studies, text, cache, progress), goal, progress).to_the_end()
+    kind = kind_of(recipe)
+    folder, cache = folder_made(out or Path("runs") / recipe.stem), Path("runs") / "cache"
+    with _processes():
+        return _Run(_course(kind, recipe, cache, progress, text), folder, progress).to_the_end()
 
 
-def _source(name: str) -> Path:
-    return Path(os.environ.get("LIGHTBOX_DATA", "../shared/data")) / name
+def _course(kind: str, recipe: Path, cache: Path, progress: Progress, text: Encoder | None) -> Course:
+    if kind == "film":
+        from encoders.film import film_course
+
+        return film_course(recipe, cache, progress, text)
+    raise InputError(f"kind is {kind!r}; it must be one of film", "kind")
 
 
 class _Run:
-    """One run of a recipe: the tower, its optimiser and where they stand."""
+    """One run of a course: what learns, its optimiser and where they stand."""
 
-    def __init__(self, plan: Recipe, lesson: Lesson, goal: Goal, progress: Progress) -> None:
-        self.plan, self.lesson, self.goal, self.progress = plan, lesson, goal, progress
+    def __init__(self, course: Course, folder: Path, progress: Progress) -> None:
+        self.course, self.pace, self.folder, self.progress = course, course.pace, folder, progress
         _keep_freed_memory()
-        torch.manual_seed(plan.schedule.seed)
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.tower = build(plan.tower.name, lesson.reports.shape[1], plan.tower.dropout).to(self.device)
-        self.shards = Shards(self.tower, plan.schedule.shards, precision(plan.schedule.precision, self.device))
-        self.scales = nn.Parameter(torch.full((3,), -math.log(plan.loss.temperature), device=self.device))
-        self.parameters = [*self.tower.parameters(), self.scales]
-        self.optimiser = _optimiser(self.tower, self.scales, plan.schedule)
-        self.steps = max(1, lesson.frontal // plan.schedule.batch)  # of an epoch
-        self.epochs = sum(plan.schedule.epochs)
+        self.parameters = [p for p in course.module.parameters() if p.requires_grad]
+        self.optimiser = _optimiser(self.parameters, course.pace)
+        self.epochs = sum(course.pace.epochs)
         self.history: list[dict[str, float]] = []
+        self.average = Average(course.module, course.pace.ema) if course.pace.ema else None
+        self.best: dict[str, Tensor] = {}
+        self.rank = distributed.get_rank() if distributed.is_initialized() else 0
 
     def to_the_end(self) -> Path:
         if self._done():
-            return self.goal.folder
+            return self.folder
         self._resume()
         for epoch in range(len(self.history), self.epochs):
-            self.history.append(self._epoch(epoch))
-            self._checkpoint()
-        _release(self)
-        (self.goal.folder / CHECKPOINT).unlink(missing_ok=True)
-        return self.goal.folder
+            if self._given_up():
+                break
+            self.history.append(self._epoch(epoch) | self._judged())
+            self._keep_best()
+            if self.rank == 0:
+                self._checkpoint()
+        if self.rank == 0:
+            self._release()
+        return self.folder
 
     def _done(self) -> bool:
         """Whether the folder holds the end of this very run."""
         try:
-            lineage = json.loads((self.goal.folder / "lineage.json").read_text(encoding="utf-8"))
+            lineage = json.loads((self.folder / "lineage.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return False
         return isinstance(lineage, dict) and lineage.get("key") == self.key
 
     def _epoch(self, epoch: int) -> dict[str, float]:
-        torch.manual_seed(self.plan.schedule.seed * 100_003 + epoch)  # an epoch draws the same wherever it begins
-        draw = np.random.default_rng([self.plan.schedule.seed, epoch])
-        size, count = _size(self.plan, epoch), self.plan.schedule.batch
-        order = draw.choice(len(self.lesson.study), self.steps * count, p=self.lesson.draw)
-        self.tower.train()
+        torch.manual_seed(self.pace.seed * 100_003 + epoch)  # an epoch draws the same wherever it begins
+        draw = np.random.default_rng([self.pace.seed, epoch, self.rank] if self.rank else [self.pace.seed, epoch])
+        noted = self.course.begin(epoch, draw)
+        self.course.module.train()
         total, began = 0.0, time.monotonic()
-        for step in range(self.steps):
-            self._set_rate(epoch + step / self.steps)
-            total += self._step(order[step * count : (step + 1) * count], size, draw)
-            self.progress(f"epoch {epoch + 1} of {self.epochs}", step + 1, self.steps)
+        for step in range(self.course.steps):
+            self._set_rate(epoch + step / self.course.steps)
+            total += self._step(step, draw)
+            self.progress(f"epoch {epoch + 1} of {self.epochs}", step + 1, self.course.steps)
         seconds = time.monotonic() - began
-        rate = round(self.steps * count / seconds, 1)
-        return {"loss": total / self.steps, "size": size, "seconds": round(seconds, 1), "films_per_second": rate}
+        rate = round(self.course.steps * self.course.rows / max(seconds, 1e-9), 1)
+        return {"loss": total / self.course.steps, **noted, "seconds": round(seconds, 1), "rows_per_second": rate}
 
-    def _step(self, rows: NDArray[np.int64], size: int, draw: np.random.Generator) -> float:
-        batch = torch.from_numpy(self.lesson.films[rows])[:, None].float() / 255  # (B, 1, side, side)
-        seen = (augmented(batch, size, self.plan.augment) - self.plan.tower.mean) / self.plan.tower.std
-        outputs = self.shards.forward(seen.to(self.device, memory_format=torch.channels_last))
-        vectors = functional.normalize(outputs, dim=1)  # (B, D)
-        loss = self._loss(vectors, self.lesson.study[rows], draw)
-        if not math.isfinite(loss.item()):
-            raise BackendError(
-                f"the loss is {loss.item()} in epoch {len(self.history) + 1}: lower schedule.rate (now "
-                f"{self.plan.schedule.rate}); what was saved before stays"
-            )
+    def _step(self, step: int, draw: np.random.Generator) -> float:
         self.optimiser.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        self.shards.backward(outputs)
-        nn.utils.clip_grad_norm_(self.parameters, 5.0)
+        loss = self.course.learn(step, draw)
+        if not math.isfinite(loss):
+            raise BackendError(
+                f"the loss is {loss} in epoch {len(self.history) + 1}: lower schedule.rate (now {self.pace.rate}); "
+                "what was saved before stays"
+            )
+        _share(self.parameters)
+        nn.utils.clip_grad_norm_(self.parameters, self.pace.clip)
         self.optimiser.step()
-        with torch.no_grad():
-            self.scales.clamp_(max=math.log(100.0))
-        return float(loss.item())
-
-    def _loss(self, vectors: Tensor, study: NDArray[np.int64], draw: np.random.Generator) -> Tensor:
-        lesson, weight, device = self.lesson, self.plan.loss, self.device
-        to_report, to_sentence, to_finding = self.scales.exp()
-        keys = [lesson.report_keys[s] for s in study]
-        scores = to_report * vectors @ lesson.reports[study].to(device).T  # (B, B)
-        loss = weight.reports * symmetric(scores, same(keys, keys).to(device))
-        chosen, counts = one_sentence_each(lesson, study, weight.denial, draw)
-        if weight.sentences and counts.any():
-            scores = to_sentence * vectors @ lesson.sentences[chosen].to(device).T  # (B, B)
-            counted = torch.from_numpy(counts).float().to(device)
-            alike = same(chosen.tolist(), chosen.tolist()).to(device)
-            loss = loss + weight.sentences * symmetric(scores, alike, None, counted, counted)
-        if weight.findings:
-            asked = torch.stack([p[int(draw.integers(len(p)))] for p in lesson.phrases]).to(device)  # (F, D)
-            scores = to_finding * vectors @ asked.T  # (B, F)
-            loss = loss + weight.findings * symmetric(scores, lesson.affirmed[study].to(device))
+        self.course.settle()
+        if self.average is not None:
+            self.average.update(self.course.module)
         return loss
 
     def _set_rate(self, epoch: float) -> None:
-        cycle, share = place(epoch, self.plan.schedule.epochs)
-        rate = self.plan.schedule.rate * 0.7**cycle * one_cycle(share, self.plan.schedule.warmup)
+        cycle, share = place(epoch, self.pace.epochs)
+        rate = self.pace.rate * 0.7**cycle * one_cycle(share, self.pace.warmup)
         for group in self.optimiser.param_groups:
             group["lr"] = rate
+
+    # ---- the best epoch
+
+    def _judged(self) -> dict[str, float]:
+        self.course.module.eval()
+        with self._averaged():
+            return self.course.judge()
+
+    def _keep_best(self) -> None:
+        """Where there is a dev figure, the epoch with the best one is released; elsewhere the last."""
+        figures = [epoch.get("dev", math.nan) for epoch in self.history]
+        if not math.isnan(figures[-1]) and figures[-1] >= max(f for f in figures if not math.isnan(f)):
+            with self._averaged():
+                self.best = {name: value.detach().clone() for name, value in self.course.module.state_dict().items()}
+
+    def _given_up(self) -> bool:
+        """Whether dev has not risen for `patience` epochs."""
+        figures = [epoch["dev"] for epoch in self.history if "dev" in epoch]
+        if not self.pace.patience or not figures:
+            return False
+        return len(figures) - 1 - int(np.argmax(figures)) >= self.pace.patience
+
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """The averaged weights in the module's place, where there are any."""
+        if self.average is None:
+            yield
+            return
+        own = {name: value.clone() for name, value in self.course.module.state_dict().items()}
+        self.course.module.load_state_dict(self.average.weights)
+        try:
+            yield
+        finally:
+            self.course.module.load_state_dict(own)
 
     # ---- stopping and going on
 
     @property
     def key(self) -> str:
-        """Digest of recipe, data and text encoder: what one run may not change on its way."""
-        return hashlib.sha256(f"{self.plan.digest} {self.goal.data} {self.goal.text}".encode()).hexdigest()
+        """Digest of recipe, data and base: what one run may not change on its way."""
+        return hashlib.sha256(" ".join(self.course.digests.values()).encode()).hexdigest()
 
     def _checkpoint(self) -> None:
-        tensors = {f"tower.{name}": value for name, value in self.tower.state_dict().items()}
-        tensors["scales"] = self.scales.data
+        tensors = {f"module.{name}": value for name, value in self.course.module.state_dict().items()}
+        tensors |= {f"best.{name}": value for name, value in self.best.items()}
+        if self.average is not None:
+            tensors |= {f"average.{name}": value for name, value in self.average.weights.items()}
         for number, state in self.optimiser.state_dict()["state"].items():
             tensors |= {f"optimiser.{number}.{name}": value for name, value in state.items()}
-        tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-        notes = {"key": self.key, "history": json.dumps(self.history)}
-        save(self.goal.folder / CHECKPOINT, tensors, notes)
+        tensors = {name: value.clone() for name, value in tensors.items()}  # safetensors takes no shared memory
+        save(self.folder / CHECKPOINT, tensors, {"key": self.key, "history": json.dumps(self.history)})
 
     def _resume(self) -> None:
-        path = self.goal.folder / CHECKPOINT
+        path = self.folder / CHECKPOINT
         if not path.exists():
             return
         tensors, notes = load(path)
         if notes.get("key") != self.key:
             raise InputError(f"{path} belongs to another recipe or other data: remove it, or choose another folder")
-        self.tower.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("tower.")})
-        self.scales.data.copy_(tensors["scales"])
+        parts: dict[str, dict[str, Tensor]] = {"module": {}, "best": {}, "average": {}, "optimiser": {}}
         for name, value in tensors.items():
-            if name.startswith("optimiser."):
-                _, number, key = name.split(".")
-                self._restore(int(number), key, value)
-        self.history = json.loads(notes["history"])
+            part, _, rest = name.partition(".")
+            parts[part][rest] = value
+        self.course.module.load_state_dict(parts["module"])
+        self.history, self.best = json.loads(notes["history"]), parts["best"]
+        if self.average is not None:
+            self.average.weights = parts["average"]
+            self.average.steps = len(self.history) * self.course.steps
+        for name, value in parts["optimiser"].items():
+            number, _, key = name.partition(".")
+            self._restore(int(number), key, value)
 
     def _restore(self, number: int, key: str, value: Tensor) -> None:
         """Moments lie in memory as their parameter does: the fused optimiser walks over both side by side."""
@@ -203,72 +250,61 @@ class _Run:
         kept = torch.empty_like(parameter) if value.shape == parameter.shape else torch.empty_like(value)
         self.optimiser.state[parameter][key] = kept.copy_(value).detach()
 
+    # ---- what is written
 
-class Shards:
-    """Parts of a batch, each through the tower on a thread of its own.
+    def _release(self) -> None:
+        if self.best:
+            self.course.module.load_state_dict(self.best)
+            told = self.course.release(self.folder)
+        else:
+            with self._averaged():
+                told = self.course.release(self.folder)
+        draw_curve(self.folder / "curve.png", self.history)
+        write_json(self.folder / "lineage.json", self._lineage() | told | {"epochs": self.history})
+        (self.folder / CHECKPOINT).unlink(missing_ok=True)
 
-    Threads that share every operation wait for one another at its end; on a busy machine one thread alone was measured
-    at twice the rate of two that share. Here they meet twice a step. The copies share the parameters and keep batch
-    statistics of their own, so nothing depends on which is done first; those of the first part are the tower's.
+    def _lineage(self) -> dict[str, Any]:
+        figures = [epoch["dev"] for epoch in self.history if "dev" in epoch]
+        return {
+            **{f"{name}_digest": value for name, value in self.course.digests.items()},
+            "key": self.key,
+            "seed": self.pace.seed,
+            "commit": _commit(),
+            "torch": torch.__version__,
+            "seconds": round(sum(epoch["seconds"] for epoch in self.history)),
+            **({"best_epoch": int(np.argmax(figures)) + 1} if figures else {}),
+        }
+
+
+class Average:
+    """Weights averaged over the steps (Polyak), nearer to the latest ones while there are few steps.
+
+    decay: share of the old average that a step keeps, in (0, 1).
     """
 
-    def __init__(self, tower: nn.Module, count: int, kind: torch.dtype) -> None:
-        self.towers = [tower, *(_sharing(tower) for _ in range(count - 1))]
-        self.kind = kind
-        self.made: list[Tensor] = []
-        threads = max(1, (os.cpu_count() or 1) // count)
-        self.pool = ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(threads,))
-        if count > 1:
-            torch.set_num_threads(threads)
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        self.decay, self.steps = decay, 0
+        self.weights = {name: value.detach().clone() for name, value in module.state_dict().items()}
 
-    def forward(self, batch: Tensor) -> Tensor:
-        """(B, D) outputs in float32, a leaf of its own: see `backward`."""
-        self.made = list(self.pool.map(self._encode, self.towers, batch.chunk(len(self.towers))))
-        return torch.cat([part.detach() for part in self.made]).requires_grad_()
-
-    def backward(self, outputs: Tensor) -> None:
-        """Bring the gradient that arrived at `outputs` down to the parameters."""
-        if outputs.grad is None:
-            raise BackendError(
-                "the loss does not depend on the films: the recipe's loss weights leave nothing to learn"
-            )
-        list(self.pool.map(torch.autograd.backward, self.made, outputs.grad.chunk(len(self.towers))))
-
-    def _encode(self, tower: nn.Module, part: Tensor) -> Tensor:
-        with torch.autocast(part.device.type, self.kind, enabled=self.kind != torch.float32):
-            out: Tensor = tower(part)
-        return out.float()
+    @torch.no_grad()
+    def update(self, module: nn.Module) -> None:
+        """Take one step's weights in; counts and other whole numbers are copied."""
+        self.steps += 1
+        kept = min(self.decay, (1 + self.steps) / (10 + self.steps))
+        for name, value in module.state_dict().items():
+            if value.is_floating_point():
+                self.weights[name].lerp_(value, 1 - kept)
+            else:
+                self.weights[name].copy_(value)
 
 
-def _sharing(tower: nn.Module) -> nn.Module:
-    """A copy with the same parameters, not equal ones, and buffers of its own."""
-    twin = copy.deepcopy(tower)
-    for ours, theirs in zip(tower.modules(), twin.modules(), strict=True):
-        theirs._parameters = ours._parameters
-    return twin
-
-
-def build(name: str, dim: int, dropout: float = 0.0) -> nn.Module:
-    """An untrained timm tower that reads one grey channel and gives `dim` numbers."""
-    import timm
-
-    try:
-        tower: nn.Module = timm.create_model(name, pretrained=False, in_chans=1, num_classes=dim, drop_rate=dropout)
-    except RuntimeError as error:
-        message = f"timm knows no model {name!r}; `timm.list_models()` lists what it knows"
-        raise InputError(message, "tower.name") from error
-    return tower.to(memory_format=torch.channels_last)
-
-
-def _optimiser(tower: nn.Module, scales: nn.Parameter, schedule: Schedule) -> torch.optim.AdamW:
+def _optimiser(parameters: Sequence[nn.Parameter], pace: Pace) -> torch.optim.AdamW:
     """Biases, norms and temperatures do not decay."""
-    kept = [p for p in tower.parameters() if p.ndim > 1]
-    free = [p for p in tower.parameters() if p.ndim <= 1]
     groups = [
-        {"params": kept, "weight_decay": schedule.weight_decay},
-        {"params": [*free, scales], "weight_decay": 0.0},
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": pace.weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=schedule.rate, fused=True)
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=pace.rate, fused=True)
 
 
 def one_cycle(share: float, warmup: float) -> float:
@@ -280,16 +316,6 @@ def one_cycle(share: float, warmup: float) -> float:
     if share < warmup:
         return 0.04 + 0.96 * share / warmup
     return 0.5 + 0.5 * math.cos(math.pi * (share - warmup) / (1 - warmup))
-
-
-def precision(wanted: str, device: torch.device) -> torch.dtype:
-    """What to compute in. bfloat16 without the instructions for it is ten times slower than float32."""
-    if wanted != "auto":
-        return torch.bfloat16 if wanted == "bfloat16" else torch.float32
-    if device.type == "cuda":
-        return torch.bfloat16
-    able = torch.cpu.get_capabilities()
-    return torch.bfloat16 if able.get("avx512_bf16") or able.get("amx_bf16") else torch.float32
 
 
 def place(epoch: float, lengths: Sequence[int]) -> tuple[int, float]:
@@ -305,15 +331,6 @@ def place(epoch: float, lengths: Sequence[int]) -> tuple[int, float]:
     raise InputError(f"the cycles of {list(lengths)} epochs are over")
 
 
-def _size(plan: Recipe, epoch: int) -> int:
-    """The side of the films in an epoch: small ones first, in steps of 16, since small ones cost less."""
-    low, high = plan.schedule.size_from or plan.tower.size, plan.tower.size
-    share, grown = place(epoch, plan.schedule.epochs)[1], plan.schedule.size_grown
-    if share >= grown:
-        return high
-    return min(high, low + 16 * int((high - low) / 16 * share / grown))
-
-
 def _keep_freed_memory() -> None:
     """Ask glibc to reuse large blocks: giving activations back at every step was measured to cost 30 %."""
     try:
@@ -322,48 +339,6 @@ def _keep_freed_memory() -> None:
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: keep what is freed
     except (OSError, AttributeError):
         return
-
-
-# ---- what is written
-
-
-def _release(run: _Run) -> None:
-    weights = {
-        name: value.detach().cpu().to(torch.float16 if value.is_floating_point() else value.dtype).contiguous()
-        for name, value in run.tower.state_dict().items()
-    }
-    tower, folder = run.plan.tower, run.goal.folder
-    config = {
-        "tower": f"timm/{tower.name}",
-        "size": tower.size,
-        "channels": 1,
-        "mean": [tower.mean],
-        "std": [tower.std],
-        "dim": run.lesson.reports.shape[1],
-        "text_encoder": PACKAGED,
-        "text_digest": run.goal.text,
-    }
-    save(folder / "model.safetensors", weights, {"format": "pt"})
-    write_json(folder / "config.json", config)
-    write_json(folder / "lineage.json", _lineage(run))
-
-
-def _lineage(run: _Run) -> dict[str, Any]:
-    return {
-        "recipe": dataclasses.asdict(run.plan),
-        "recipe_digest": run.plan.digest,
-        "key": run.key,
-        "data_digest": run.goal.data,
-        "seed": run.plan.schedule.seed,
-        "commit": _commit(),
-        "studies": len(run.lesson.said),
-        "films": len(run.lesson.study),
-        "affirmed": dict(zip((t.name for t in run.plan.findings), run.lesson.affirmed.sum(0).tolist(), strict=True)),
-        "temperatures": [round(float(t), 4) for t in (-run.scales.data).exp()],
-        "torch": torch.__version__,
-        "seconds": round(sum(epoch["seconds"] for epoch in run.history)),
-        "epochs": run.history,
-    }
 
 
 def _commit() -> str | None:
@@ -376,51 +351,50 @@ def _commit() -> str | None:
     return done.stdout.strip() or None
 
 
-def _make(folder: Path) -> None:
+def draw_curve(path: Path, history: Sequence[Mapping[str, float]]) -> None:
+    """Loss and dev figure by epoch, as a PNG. Raises BackendError where the disk refuses."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 3), layout="constrained")
+    axes: Any = figure.subplots()
+    numbers = range(1, len(history) + 1)
+    axes.plot(numbers, [epoch["loss"] for epoch in history], "o-", color="tab:blue", markersize=3)
+    axes.set_xlabel("epoch")
+    axes.set_ylabel("loss", color="tab:blue")
+    if any("dev" in epoch for epoch in history):
+        beside = axes.twinx()
+        beside.plot(numbers, [epoch.get("dev", math.nan) for epoch in history], "s--", color="tab:red", markersize=3)
+        beside.set_ylabel("dev", color="tab:red")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BackendError(f"{folder} cannot be written: {error.strerror}") from error
-
-
-def save(path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str, str]) -> None:
-    """Write a safetensors file whole or not at all. Raises BackendError where the disk refuses."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    part = path.with_name(f"{path.name}.part")
-    try:
-        save_file(dict(tensors), part, dict(notes))
-        part.chmod(0o644)  # safetensors keeps its files to their owner
-        _flush(part)
-        part.replace(path)
-    except (OSError, SafetensorError) as error:
-        with suppress(OSError):
-            part.unlink(missing_ok=True)
-        raise BackendError(f"{path.name} cannot be written: {error}") from error
-
-
-def load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and notes of a safetensors file. Raises InputError where it is damaged."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as opened:
-            return {name: opened.get_tensor(name) for name in opened.keys()}, dict(opened.metadata() or {})  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{path} is no readable safetensors file: remove it to start anew") from error
-
-
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    part = path.with_name(f"{path.name}.part")
-    try:
-        part.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-        _flush(part)
-        part.replace(path)
+        figure.savefig(path, dpi=100)
     except OSError as error:
         raise BackendError(f"{path.name} cannot be written: {error.strerror}") from error
 
 
-def _flush(path: Path) -> None:
-    with path.open("rb+") as opened:
-        os.fsync(opened.fileno())
+# ---- several processes
+
+
+@contextmanager
+def _processes() -> Iterator[None]:
+    """Join the processes that `torchrun` started, where it did."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or distributed.is_initialized():
+        yield
+        return
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    distributed.init_process_group("nccl" if cuda else "gloo")
+    try:
+        yield
+    finally:
+        distributed.destroy_process_group()
+
+
+def _share(parameters: Sequence[nn.Parameter]) -> None:
+    """Average the gradients of all processes."""
+    if not distributed.is_initialized():
+        return
+    for parameter in parameters:
+        if parameter.grad is not None:
+            distributed.all_reduce(parameter.grad)
+            parameter.grad /= distributed.get_world_size()

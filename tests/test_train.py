@@ -11,11 +11,12 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
+from encoders import film
 from encoders import train as training
+from encoders.film import Shards, build
 from encoders.lesson import augmented
 from encoders.recipe import Augment, Recipe, read
 from encoders.studies import Study, affirmed, is_held_out, read_studies
-from encoders.train import Shards, build
 from retrieval.errors import BackendError, InputError
 from retrieval.types import Progress
 from tests.fakes import HashingEncoder
@@ -164,7 +165,12 @@ def test_a_damaged_checkpoint_is_named(place: Path) -> None:
 
 def test_a_finished_run_is_not_repeated_and_leaves_no_checkpoint(place: Path) -> None:
     folder = train(place / "recipe.toml", place / "out", _quiet)
-    assert sorted(p.name for p in folder.iterdir()) == ["config.json", "lineage.json", "model.safetensors"]
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "config.json",
+        "curve.png",
+        "lineage.json",
+        "model.safetensors",
+    ]
     phases: list[str] = []
     train(place / "recipe.toml", folder, lambda phase, done, total: phases.append(phase))
     assert not [p for p in phases if p.startswith("epoch")]
@@ -176,7 +182,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_what_was_saved(
     def broken(*_: object) -> torch.Tensor:
         return torch.tensor(float("nan"), requires_grad=True)
 
-    monkeypatch.setattr(training, "symmetric", broken)
+    monkeypatch.setattr(film, "symmetric", broken)
     with pytest.raises(BackendError, match=r"loss is nan in epoch 1: lower schedule\.rate"):
         train(place / "recipe.toml", place / "out", _quiet)
     assert not (place / "out" / "model.safetensors").exists()
