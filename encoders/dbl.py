@@ -71,12 +71,12 @@ def dbl_relative(
     0.0
     """
     alike, anchor = _alike(target, anchor, alike), anchor.detach()
-    lost = 0.0
+    lost = target.new_zeros(())
     for s, a, mask in ((target, anchor, alike), (target.T, anchor.T, alike.T)):
         gap = a.diagonal()[:, None] - a  # (B, B)
         wanted = soft_margin(margin, gap, 2.0) if adapt else margin
         lost = lost + _worst(wanted + gap - (s.diagonal()[:, None] - s), mask, hardest)
-    return torch.as_tensor(lost)
+    return lost
 
 
 def dbl_absolute(

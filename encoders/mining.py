@@ -34,9 +34,9 @@ class Counts(NamedTuple):
 
 
 class Mined(NamedTuple):
-    """index: (B, K) columns, -1 throughout where a row has none. found: (B,) how many different ones a row has."""
+    """columns: (B, K), -1 throughout where a row has none. found: (B,) how many different ones a row has."""
 
-    index: Tensor
+    columns: Tensor
     found: Tensor
     counts: Counts
 
@@ -59,7 +59,7 @@ def mine(
     No gradient goes through. Raises InputError on k < 1, on shapes that do not fit, on scores that are not finite.
 
     >>> found = mine(torch.tensor([[0.9, 0.8, 0.5, 0.1]]), 2, torch.tensor([[True, False, False, False]]), above=0.7)
-    >>> found.index.tolist(), found.counts
+    >>> found.columns.tolist(), found.counts
     ([[2, 3]], Counts(candidates=4, masked=1, filtered=1, duplicated=0, empty=0))
     """
     scores = scores.detach()
@@ -73,7 +73,7 @@ def mine(
     order = wanted.argsort(dim=1, descending=True, stable=True)
     found = left.sum(1)  # (B,)
     places = torch.arange(k, device=scores.device)[None, :] % found.clamp(min=1)[:, None]  # (B, K)
-    index = order.gather(1, places).masked_fill(found[:, None] == 0, -1)
+    columns = order.gather(1, places).masked_fill(found[:, None] == 0, -1)
     distinct = found.clamp(max=k)
     counts = Counts(
         candidates=scores.numel(),
@@ -82,7 +82,7 @@ def mine(
         duplicated=int((k - distinct)[found > 0].sum()),
         empty=int((found == 0).sum()),
     )
-    return Mined(index, distinct, counts)
+    return Mined(columns, distinct, counts)
 
 
 def mine_run(
@@ -117,7 +117,7 @@ def mine_run(
         ids = [hit.id for hit in ranking]
         mask = torch.tensor([_related(ids, positives.get(query, ()), keys or {})])  # (1, N)
         mined = mine(scores, k, mask, above=above, below=below, among=among, draw=draw)
-        out[query] = [ids[n] for n in mined.index[0].tolist() if n >= 0]
+        out[query] = [ids[n] for n in mined.columns[0].tolist() if n >= 0]
         total = Counts(*(one + other for one, other in zip(total, mined.counts, strict=True)))
     return out, total
 

@@ -62,7 +62,7 @@ def hard_negative_loss(
     scores: (B, N) cosines, N >= B, the positive of row i in column i. beta: candidates above the positive's cosine
     plus beta are dropped; infinity drops none. alike: (B, N) bool, candidates that mean the same as the positive,
     never negatives whatever their score. among: which of the rest are taken, see `encoders.mining.mine`; `draw` for
-    random. Fewer than K: they are repeated. A row without any counts nothing. Only queries to candidates, as published.
+    random. Fewer than K: they are repeated. A row without any counts nothing. Only queries to candidates.
     Raises InputError on shapes that do not fit, k < 1, temperature <= 0.
 
     >>> scores = torch.tensor([[0.5, 0.5, 0.9]])  # the third is a false negative at beta 0.1
@@ -93,7 +93,7 @@ def hard_negatives(
     mask = own if alike is None else own | alike
     mined = mine(scores, k, mask, above=positive.detach() + beta, among=among, draw=draw)
     has = mined.found > 0  # (B,)
-    negatives = scores.gather(1, mined.index.clamp(min=0))  # (B, K)
+    negatives = scores.gather(1, mined.columns.clamp(min=0))  # (B, K)
     rows = torch.cat([positive, negatives], 1) / temperature  # (B, 1 + K)
     first = torch.zeros(len(rows), dtype=torch.long, device=rows.device)
     loss = functional.cross_entropy(rows, first, reduction="none")  # (B,)
