@@ -32,7 +32,7 @@ _SUBJECTS = bag("there he she it they we i patient pt")
 _STATED = bag(
     "a an mild mildly moderate moderately minimal minimally small stable unchanged persistent persisting trace tiny "
     "mild-to-moderate slight slightly low lower decreased worsening improved improving increasing bibasilar "
-    "multiple several some severe severely residual interval"
+    "multiple several some severe severely residual interval old healed healing chronic"
 )
 _SIDED = bag("left right bilateral bilaterally")
 _LINKS = bag("or nor and/or")
@@ -50,6 +50,7 @@ _AUXILIARIES = bag(
 _NEAR = 4  # words that a near cue reaches over
 _FAR_BACK = 14  # words that a cue behind the finding reaches back over
 _PREFIX = re.compile(r"(?:\b(?:non|no|not)-?|\bnon )$", re.IGNORECASE)
+_MINUS, _PLUS = re.compile(r"(?<!\S)-$"), re.compile(r"(?<!\S)\+\s?[A-Za-z]")  # "+cough, -fever"
 _INSIDE = frozenset(["not", "no", "without"])
 
 _SECTION = re.compile(
@@ -69,9 +70,10 @@ _RELATIVE = re.compile(
     r"\b(?:mother|father|brother|sister|aunt|uncle|grandmother|grandfather|grandparents?|cousin|sibling|parents?"
     r"|mom|dad|son|daughter|relatives?|family history|maternal|paternal|roommate)s?\b"
     r"(?!['’]?s? (?:states|says|reports|noted|stated|reported|denies|brought|notes))"
-    r"(?=[^.;]*\b(?:had|has|with|died|of|who|history|also|have|diagnosed)\b)",
+    r"(?=[^.;]*\b(?:had|has|with|died|of|who|history|also|have|diagnosed|for)\b)",
     re.IGNORECASE,
 )
+_OWN = re.compile(r";|\b(?:patient|pt)\b(?!['’])", re.IGNORECASE)  # from here on, the patient is spoken of again
 _PAST = re.compile(
     r"\b(?:history of|h/o|hx of|hx|prior|previous|previously|status post|s/p|old|past)\W+(?:\w+\W+){0,4}$",
     re.IGNORECASE,
@@ -141,7 +143,7 @@ def _in_context(text: str, span: tuple[int, int], sentence: _Sentence, sections:
     if at >= 0 and sections[at][1] in ("reason", "family") and "\n\n" not in text[sections[at][0] : span[0]].lstrip():
         return Reading(Assertion.uncertain, sections[at][1])
     before = text[sentence.start : span[0]]
-    if _RELATIVE.search(before):
+    if _RELATIVE.search(_OWN.split(before)[-1]):
         return Reading(Assertion.uncertain, "family")
     return Reading(Assertion.affirmed, "past") if _PAST.search(before) else reading
 
@@ -152,6 +154,7 @@ class _Sentence:
     def __init__(self, text: str, start: int, end: int) -> None:
         self.text = text
         self.start = start
+        self.end = end
         self.words = words(text, start, end)
         self.ends = [word.end for word in self.words]
         self.cues = find(self.words)
@@ -193,7 +196,10 @@ class _Sentence:
         return range(first, last)
 
     def _prefixed(self, span: tuple[int, int], target: range) -> bool:
-        if _PREFIX.search(self.text, max(0, span[0] - 5), span[0]) and self.text[span[0] - 1] != " ":
+        before = self.text[max(self.start, span[0] - 5) : span[0]]
+        if _PREFIX.search(before) and not before.endswith(" "):
+            return True
+        if _MINUS.search(before) and _PLUS.search(self.text, self.start, self.end):
             return True
         return any(self.words[at].text in _INSIDE for at in target)
 
@@ -236,7 +242,7 @@ class _Sentence:
         if not following or following[0].roles[0].where == "stop":
             return False
         between = self.words[stop.end : following[0].start]
-        return all(word.text in _PRONOUNS or word.text == "," for word in between)
+        return all(word.text in _PRONOUNS or word.text in _AUXILIARIES or word.text == "," for word in between)
 
     def _separated(self, start: int, end: int) -> bool:
         return any(word.text in (",", "and", ";", "with") for word in self.words[start:end])

@@ -28,7 +28,7 @@ _DASHES = {"–": "-", "—": "-", "=": ":"}
 _ENDS = frozenset([",", ";", ")", "(", "-", "\n"])
 _NO_NOUN = _ENDS | bag(
     "in at on within by for with and or but however though although as given from during after on since today over "
-    "now currently yesterday again because which per : this here anywhere bilaterally while"
+    "now currently yesterday again because which per : this here anywhere bilaterally while x1 x2 x3 x4"
 )
 
 

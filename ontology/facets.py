@@ -1,13 +1,13 @@
 """Queries in everyday words, understood by what they are about: "liquid between the lung and the ribs".
 
 A facet is a class of words (fluid, pleura, enlarged); a definition says which facets together mean a concept. This
-is how ontologies define concepts themselves (genus and differentia), with words that people type. Only queries in
-which no name was found are read so.
+is how ontologies define concepts themselves (genus and differentia), with words that people type. Only queries are
+read so, where no name was found, or only one that says less ("lesion", in "small round lesion in the lung").
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -18,11 +18,18 @@ from retrieval.errors import Invalid
 
 
 class Meaning(NamedTuple):
-    """A concept's id, and the first and last of the words that together mean it."""
+    """A concept's id, and the words that together mean it, in order."""
 
     concept: str
-    first: int
-    last: int
+    words: tuple[int, ...]
+
+    @property
+    def first(self) -> int:
+        return self.words[0]
+
+    @property
+    def last(self) -> int:
+        return self.words[-1]
 
 
 @dataclass(frozen=True)
@@ -32,21 +39,21 @@ class Facets:
     words: Mapping[tuple[str, ...], frozenset[str]]
     definitions: Sequence[tuple[str, frozenset[str]]]
 
-    def meaning(self, words: Sequence[Word]) -> Meaning | None:
-        """The concept with the largest definition that the words fulfil."""
-        found = self._found(words)
+    def meaning(self, words: Sequence[Word], right: Collection[str] = ()) -> Meaning | None:
+        """The concept with the largest definition that the words fulfil. Stems in `right` are no misspellings."""
+        found = self._found(words, right)
         held = frozenset(facet for _, _, facets in found for facet in facets)
         fitting = [(concept, facets) for concept, facets in self.definitions if facets <= held]
         if not fitting:
             return None
         concept, facets = max(fitting, key=lambda pair: len(pair[1]))
-        used = [(first, last) for first, last, carried in found if carried & facets]
-        return Meaning(concept, min(first for first, _ in used), max(last for _, last in used))
+        used = [at for first, last, carried in found if carried & facets for at in range(first, last + 1)]
+        return Meaning(concept, tuple(used))
 
-    def _found(self, words: Sequence[Word]) -> list[tuple[int, int, frozenset[str]]]:
+    def _found(self, words: Sequence[Word], right: Collection[str]) -> list[tuple[int, int, frozenset[str]]]:
         """Phrases of facets from left to right, the longest first, misspelled words corrected."""
         known = {stem for phrase in self.words for stem in phrase}
-        stems = [w.stem if w.stem in known else nearest(w.stem, known) or w.stem for w in words]
+        stems = [w.stem if w.stem in known or w.stem in right else nearest(w.stem, known) or w.stem for w in words]
         longest = max(map(len, self.words), default=0)
         found = []
         at = 0

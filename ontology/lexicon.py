@@ -37,6 +37,11 @@ class Mention(NamedTuple):
     whole: bool = False
     size: int = 1
 
+    @property
+    def width(self) -> int:
+        """Words that it reaches over."""
+        return self.last - self.first
+
 
 @dataclass(frozen=True)
 class Lexicon:
@@ -81,9 +86,15 @@ class Lexicon:
         return Mention(at, -last, concept, denies, not NEGATIVES.isdisjoint(key.split()), size)
 
     def _is_overtaken(self, mention: Mention, starting: Sequence[Mention | None]) -> bool:
-        """ "changes from cystic fibrosis": a name as long that starts inside this one and reaches beyond it."""
+        """ "changes from cystic fibrosis": a name as long that starts inside this one and reaches beyond it.
+
+        Of two that are as long, the tighter one: "heart failure with a large heart" is no "failure … heart".
+        """
         inside = (starting[at] for at in range(mention.first + 1, mention.last + 1))
-        return any(other and other.last > mention.last and other.size >= mention.size for other in inside)
+        return any(
+            other and other.last > mention.last and (other.size, -other.width) >= (mention.size, -mention.width)
+            for other in inside
+        )
 
     def _longest(self, table: Mapping[str, int], words: Sequence[Word], at: int) -> tuple[int, int, int, str] | None:
         """(words of the name, -last word, concept, key) of the longest, tightest name from word `at`."""

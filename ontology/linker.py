@@ -10,11 +10,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from ontology.assertion import Reading, readings
 from ontology.cues import TRIGGERS
+from ontology.facets import Meaning
 from ontology.labels import hedge
 from ontology.lexicon import Mention
 from ontology.spelling import allowance, distance, shortened
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
 
 Candidates = Callable[[Sequence[str], int], list[list[Candidate]]]
 
-VERSION = 3  # of the rules: raise it when the same tables give other findings
+VERSION = 5  # of the rules: raise it when the same tables give other findings
 LEANING = ("probable", "alternative", "borderline")  # kinds of hedges, see `ontology.labels`
 _PHRASE = 14  # words of a query that is read in everyday words
 _NEIGHBOURS = 10  # names looked at for a misspelled one
@@ -99,7 +101,7 @@ class Dictionary:
         found += self._misspelled(words, found, candidates, everyday)
         named = [mention for mention in found if mention.concept not in self.tables.lexicon.anatomy]
         if everyday:
-            named += self._meant(words, named)
+            named = self._meant(words, named)
         return [Span(words[m.first].start, words[m.last].end, m.concept, m.denies, m.whole) for m in named]
 
     def _misspelled(
@@ -149,17 +151,33 @@ class Dictionary:
         return Spelled(best[1], self.tables.named[best[1]], best[0]) if best[0] <= limit else None
 
     def _meant(self, words: Sequence[Word], named: Sequence[Mention]) -> list[Mention]:
-        """Concepts that clauses without a name mean by their facets."""
-        extra = []
+        """The names, and what clauses mean by their facets: beside the names, or where they say less."""
+        found = list(named)
         for clause in _clauses(words):
-            if not any(clause.start <= mention.first < clause.stop for mention in named):
-                meaning = self.tables.facets.meaning([words[at] for at in clause])
-                if meaning:
-                    number = self.tables.numbers[meaning.concept]
-                    extra.append(
-                        Mention(clause.start + meaning.first, clause.start + meaning.last, number, whole=True)
-                    )
-        return extra
+            meaning = self._meaning(words, clause)
+            if meaning is None:
+                continue
+            met = [m for m in found if m.first <= meaning.last and meaning.first <= m.last]
+            if all(self._says_less(words, mention, meaning) for mention in met):
+                found = [mention for mention in found if mention not in met] + [self._mention(meaning)]
+                continue
+            rest = [self._meaning(words, run) for run in _free(clause, found)]
+            found += [self._mention(meaning) for meaning in rest if meaning]
+        return found
+
+    def _meaning(self, words: Sequence[Word], run: range) -> Meaning | None:
+        meaning = self.tables.facets.meaning([words[at] for at in run], self.tables.known)
+        return meaning and Meaning(meaning.concept, tuple(run.start + at for at in meaning.words))
+
+    def _mention(self, meaning: Meaning) -> Mention:
+        return Mention(meaning.first, meaning.last, self.tables.numbers[meaning.concept], whole=True)
+
+    def _says_less(self, words: Sequence[Word], mention: Mention, meaning: Meaning) -> bool:
+        """True where the meaning has every word of the name, and more: "scarred pleura" is no mere scar."""
+        modifiers = self.tables.lexicon.vocabulary.modifiers
+        inside = range(mention.first, mention.last + 1)
+        kept = all(at in meaning.words or words[at].stem in modifiers for at in inside)
+        return kept and not mention.denies and any(at not in inside for at in meaning.words)
 
     def _findings(self, text: str, spans: Sequence[Span]) -> tuple[Finding, ...]:
         ordered = sorted(set(spans))
@@ -217,6 +235,13 @@ def _runs(words: Sequence[Word], at: int, covered: set[int]) -> list[range]:
             if not covered.intersection(run) and not any(words[n].breaks or words[n].comma for n in run[1:]):
                 found.append(run)
     return found
+
+
+def _free(clause: range, mentions: Sequence[Mention]) -> list[range]:
+    """The runs of a clause's words that lie in no mention."""
+    taken = {at for mention in mentions for at in range(mention.first, mention.last + 1)}
+    cuts = [clause.start - 1, *(at for at in clause if at in taken), clause.stop]
+    return [range(a + 1, b) for a, b in pairwise(cuts) if b - a > 1]
 
 
 def _clauses(words: Sequence[Word]) -> list[range]:

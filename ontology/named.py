@@ -78,17 +78,15 @@ class Neighbours(Dictionary):
         return [[(self.names[n], float(row[n])) for n in best] for row, best in zip(cosines, order, strict=True)]
 
     def _meant(self, words: Sequence[Word], named: Sequence[Mention]) -> list[Mention]:
-        extra = super()._meant(words, named)
-        taken = {at for mention in (*named, *extra) for at in range(mention.first, mention.last + 1)}
-        free = [at for at in range(len(words)) if at not in taken]
-        if taken or not free:
-            return extra
+        found = super()._meant(words, named)
+        if found or not words:
+            return found
         near = self.nearest([" ".join(word.surface for word in words)], 1)[0]
         if near and near[0][1] >= SAPBERT_NEAR:
             number = self.tables.named[near[0][0]]
             if number not in self.tables.lexicon.anatomy:
-                extra.append(Mention(0, len(words) - 1, number))
-        return extra
+                found.append(Mention(0, len(words) - 1, number))
+        return found
 
 
 def _load(name: str) -> Any:

@@ -16,7 +16,7 @@ _CANDIDATE = re.compile(
     r"|(?<=[a-z] )(?P<field>[A-Z][a-z]+(?: [A-Za-z]+){0,2}:)"
     r"|(?P<bullet>[•●▪◦])"
 )
-_ANSWER = re.compile(r"(?:no|none|yes|negative|denie[sd])\b[.,;]?(?!\s+[a-z])", re.IGNORECASE)
+_ANSWER = re.compile(r"(?:no|none|yes|negative|unlikely|doubtful|denie[sd])\b[.,;]?(?!\s+[a-z])", re.IGNORECASE)
 _WORD_BEFORE = re.compile(r"[A-Za-z0-9.'/-]+$")
 _ABBREVIATIONS = bag(
     "dr drs mr mrs ms vs v approx e.g i.e eg ie pt st jr sr fig prof ca cf al resp assoc dept incl esp temp "

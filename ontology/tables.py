@@ -26,7 +26,7 @@ from ontology.words import Vocabulary
 from retrieval.errors import BackendError, Invalid
 
 CHEST = Path(__file__).parent / "chest"
-FORMAT = 10  # of the compiled tables: raise it when what they hold changes
+FORMAT = 11  # of the compiled tables: raise it when what they hold changes
 GRAM, LETTERS = 3, 6  # words of a name that is looked for when misspelled, at most; its letters, at least
 _ARRAYS = ("idf", "starts", "rows", "weights")
 

@@ -15,6 +15,9 @@ import Stemmer
 _WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
 _PLAIN = re.compile(r"\s*(?:[-/’':]\s?)?|\s*\n\s*(?=[a-z])")  # what may lie between two words of one mention
 _MAX_LETTERS = 60
+# British spelling, read as American: oedema, haemothorax; visualised, hepatisation.
+_DIGRAPH = re.compile(r"(?<=[a-z])(?:ae|oe)|^oe")
+_ISE = re.compile(r"(?<=[a-z]{3})is(?=(?:e[ds]?|ing|ations?)$)")
 
 
 class Word(NamedTuple):
@@ -65,7 +68,8 @@ class Vocabulary:
         """The stem of a word in lower case."""
         known = self._stems.get(word)
         if known is None:
-            known = self._stemmer.stemWord(self.irregular.get(word, word)[:_MAX_LETTERS])
+            plain = _ISE.sub("iz", _DIGRAPH.sub("e", self.irregular.get(word, word)[:_MAX_LETTERS]))
+            known = self._stemmer.stemWord(plain)
             if len(self._stems) < 200_000:
                 self._stems[word] = known
         return known
