@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import time
@@ -16,16 +15,15 @@ import numpy as np
 from indexers import shards
 from indexers.assembly import PARTIAL, Assembly, copied
 from indexers.batches import Batches, key_of, source_digest
-from indexers.embedded import check_document, current, finished, point, writer_lock
+from indexers.embedded import current, finished, point, writer_lock
 from indexers.generation import Generation, quiet
+from indexers.intake import BATCH, QUARANTINE, Intake
 from indexers.shards import Damaged, disk
 from indexers.snapshot import EmbeddedSnapshot
 from indexers.vectors import parse_spec
 from retrieval.errors import Invalid, NotFound
 from retrieval.types import Document, Prepare, Progress, Rejected, Snapshot, SpaceInfo
 
-BATCH = 256  # documents that are encoded together, and lost together when a process is killed
-QUARANTINE = "quarantine.jsonl"
 Gate = Callable[[Snapshot], None]
 
 
@@ -86,7 +84,7 @@ def build(
             built = _assemble(folder, about, job, progress, gate)
             _tidy(folder, built.generation)
             job.batches.drop(job.keys)
-        job.write_quarantine()
+        job.intake.write_quarantine(folder)
         return job.summary(built.generation, len(built))
 
 
@@ -104,12 +102,12 @@ class _Encoding:
     ) -> None:
         if shard is not None and not 0 <= shard[0] < shard[1]:
             raise Invalid(f"shard: got {shard[0]}/{shard[1]}, expected I from 0 to N - 1")
-        self.folder, self.prepare, self.spaces, self.strict, self.shard = folder, prepare, spaces, strict, shard
+        self.folder, self.prepare, self.spaces, self.shard = folder, prepare, spaces, shard
         self.progress = progress
         self.batches = Batches(folder)
         self.old = _published(folder)
         self.pieces: list[_Piece] = []
-        self.rejected: list[Rejected] = []
+        self.intake = Intake(strict)
         self.added = self.reused = 0
         self._started = time.monotonic()
 
@@ -120,36 +118,11 @@ class _Encoding:
     def run(self, documents: Iterable[Document | Rejected]) -> None:
         total = len(documents) if isinstance(documents, Sequence) else None
         done = 0
-        for number, batch in enumerate(self._batched(documents)):
+        for number, batch in enumerate(self.intake.batches(documents)):
             if self.shard is None or number % self.shard[1] == self.shard[0]:
                 self._encode(batch)
             done += len(batch)
             self.progress("encode", done, total)
-
-    def _batched(self, documents: Iterable[Document | Rejected]) -> Iterator[list[Document]]:
-        seen: set[str] = set()
-        batch: list[Document] = []
-        for document in documents:
-            if isinstance(document, Rejected):
-                self._reject(document)
-            elif document.id in seen:
-                self._reject(Rejected(None, document.id, "duplicate id; the first one stays"))
-            elif reason := _refusal(document):
-                self._reject(Rejected(None, document.id, reason))
-            else:
-                seen.add(document.id)
-                batch.append(document)
-            if len(batch) == BATCH:
-                yield batch
-                batch = []
-        if batch:
-            yield batch
-
-    def _reject(self, rejected: Rejected) -> None:
-        if self.strict:
-            line = f"line {rejected.line}: " if rejected.line is not None else ""
-            raise Invalid(f"{line}{rejected.id or 'an item'}: {rejected.reason}")
-        self.rejected.append(rejected)
 
     def _encode(self, batch: Sequence[Document]) -> None:
         sources = {document.id: source_digest(document, self.prepare.digest) for document in batch}
@@ -167,7 +140,7 @@ class _Encoding:
                 self.added += len(todo)
                 rejected = prepared.rejected
             for item in rejected:
-                self._reject(item)
+                self.intake.reject(item)
         self.pieces.append(_Piece(tuple(kept), key))
 
     def _kept(self, sources: Mapping[str, str]) -> dict[str, int]:
@@ -179,22 +152,10 @@ class _Encoding:
             records = reader.records_of([row for row in found if row >= 0])
         return {r.id: row for row, r in records.items() if r.source == sources[r.id]}
 
-    def write_quarantine(self) -> None:
-        lines = [json.dumps(rejected._asdict()) + "\n" for rejected in self.rejected]
-        shards.replace_file(self.folder / QUARANTINE, "".join(lines).encode())
-
     def summary(self, generation: int, documents: int) -> Summary:
         seconds = time.monotonic() - self._started
-        rejected = len(self.rejected)
+        rejected = len(self.intake.rejected)
         return Summary(generation, documents, self.added, self.reused, rejected, self.folder / QUARANTINE, seconds)
-
-
-def _refusal(document: Document) -> str | None:
-    try:
-        check_document(document)
-    except Invalid as error:
-        return str(error)
-    return None
 
 
 # --- building beside the old -----------------------------------------------------------------------
