@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from indexers import intake
 from indexers import rebuild as job
 from indexers.embedded import open_index, writer_lock
 from indexers.rebuild import Summary, build, delete, rebuild, rollback
@@ -70,6 +71,7 @@ def home(tmp_path: Path) -> Path:
 @pytest.fixture(autouse=True)
 def _small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(job, "BATCH", 10)
+    monkeypatch.setattr(intake, "BATCH", 10)
 
 
 # --- index -----------------------------------------------------------------------------------------
