@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,22 @@ def data() -> Path:
     if not folder.is_dir():
         pytest.skip("no development data (LIGHTBOX_DATA)")
     return folder
+
+
+@pytest.fixture(scope="session")
+def elasticsearch() -> Iterator[str]:
+    """The URL of a real server, started once for the whole run (or of one that LIGHTBOX_TEST_ES names)."""
+    from tests.elastic_server import Cluster, Unavailable
+
+    if url := os.environ.get("LIGHTBOX_TEST_ES"):
+        yield url
+        return
+    try:
+        cluster = Cluster()
+    except Unavailable as error:
+        skip_without("es", str(error))
+    yield cluster.url
+    cluster.stop()
 
 
 def required(what: str) -> bool:

@@ -17,6 +17,7 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from zipfile import ZipFile
@@ -139,10 +140,8 @@ class Node:
             return
         self.signal(signal.SIGCONT)
         self._process.terminate()
-        try:
+        with suppress(subprocess.TimeoutExpired):
             self._process.wait(15)
-        except subprocess.TimeoutExpired:
-            pass
         if self._process.poll() is None or _lives(self._process.pid):
             self.signal(signal.SIGKILL)
         self._process.wait()

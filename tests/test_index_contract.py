@@ -5,12 +5,15 @@ A backend joins by a function that makes an empty index with the spaces below.
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 
 import numpy as np
 import pytest
 
+from indexers.elastic import connect
+from indexers.elastic_build import build_elastic, delete_elastic
+from indexers.elastic_index import Place, open_elastic
 from indexers.embedded import open_index
 from indexers.rebuild import build
 from retrieval.errors import InputError
@@ -48,21 +51,34 @@ class Nothing:
         return Prepared([], {}, [])
 
 
-def make_embedded(folder: Path) -> Index:
-    build(
-        folder / "embedded", [], Nothing(), config={}, spaces=SPACES, vector_index="flat", progress=lambda *_: None
-    )  # fmt: skip
-    return open_index(folder / "embedded")
+def make_embedded(request: pytest.FixtureRequest) -> Iterator[Index]:
+    folder = request.getfixturevalue("tmp_path") / "embedded"
+    build(folder, [], Nothing(), config={}, spaces=SPACES, vector_index="flat", progress=lambda *_: None)
+    made = open_index(folder)
+    yield made
+    made.close()
 
 
-BACKENDS: dict[str, Callable[[Path], Index]] = {"embedded": make_embedded}
+def make_elastic(request: pytest.FixtureRequest) -> Iterator[Index]:
+    cluster = connect(request.getfixturevalue("elasticsearch"))
+    place = Place(cluster, f"contract-{uuid.uuid4().hex[:12]}", request.getfixturevalue("tmp_path") / "elastic")
+    build_elastic(place, [], Nothing(), config={}, spaces=SPACES, vector_index="flat", progress=lambda *_: None)
+    made = open_elastic(place)
+    yield made
+    made.close()
+    delete_elastic(place)
+    cluster.close()
+
+
+BACKENDS: dict[str, Callable[[pytest.FixtureRequest], Iterator[Index]]] = {
+    "embedded": make_embedded,
+    "elastic": make_elastic,
+}
 
 
 @pytest.fixture(params=list(BACKENDS))
-def index(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Index]:
-    made = BACKENDS[request.param](tmp_path)
-    yield made
-    made.close()
+def index(request: pytest.FixtureRequest) -> Iterator[Index]:
+    yield from BACKENDS[request.param](request)
 
 
 def encoded(documents: Sequence[Document]) -> Encodings:
