@@ -15,6 +15,7 @@ from indexers import shards
 from indexers.embedded import point
 from indexers.generation import Generation
 from indexers.publish import publish
+from indexers.queries import Ask
 from indexers.records import Record, Rows
 from indexers.shards import VectorWriter, disk
 from indexers.snapshot import EmbeddedSnapshot, Key
@@ -28,8 +29,8 @@ PARTIAL = ".partial"
 class Assembly:
     """Filled, finished (which publishes within it and checks the result), then accepted, which swaps."""
 
-    def __init__(self, home: Path, about: Mapping[str, Any]) -> None:
-        self.home = home
+    def __init__(self, home: Path, about: Mapping[str, Any], ask: Ask | None = None) -> None:
+        self.home, self.ask = home, ask
         folders = [path.name.partition(".")[0] for path in (home / "generations").iterdir()]
         self.number = max((int(name) for name in folders if name.isdigit()), default=0) + 1
         self.folder = home / "generations" / f"{self.number:06d}{PARTIAL}"
@@ -71,7 +72,7 @@ class Assembly:
 
     def publish(self, progress: Progress) -> None:
         generation = Generation(self.home, self.number, self.folder)
-        publish(generation, generation.load(), progress)
+        publish(generation, generation.load(), progress, self.ask)
         generation.close()
 
     def repeat(self, before: EmbeddedSnapshot, after: EmbeddedSnapshot) -> None:

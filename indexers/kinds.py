@@ -2,7 +2,8 @@
 
 Graphs: `hnsw` keeps float32 rows beside the graph, `hnsw-sq8` and `hnsw-sq4` 8 and 4 bits a dimension,
 `hnsw-bin` one bit a dimension (RaBitQ, arXiv 2405.12497). Lists: `ivfpq` is OPQ + IVFPQ (Ge et al., CVPR 2013;
-Jégou et al., TPAMI 2011). What searches codes can be rescored on the stored vectors.
+Jégou et al., TPAMI 2011), and `distillvq` has the same form with what Distill-VQ learned in it (arXiv 2204.00185).
+What searches codes can be rescored on the stored vectors.
 """
 
 from __future__ import annotations
@@ -15,18 +16,18 @@ import faiss as untyped_faiss
 import numpy as np
 from numpy.typing import NDArray
 
-from indexers.scan import Numbers, Scores
+from indexers.product import CODEWORDS, empty_index, fitted, quantizers_of, spread
+from indexers.queries import MOST, perturbed
+from indexers.scan import Numbers, Scores, Stored
 from indexers.specs import Spec
-from retrieval.types import Matrix
+from retrieval.types import Matrix, Progress
 
 faiss: Any = untyped_faiss  # its stubs lack half of what it has
 
 LINKS = 32  # of a graph node, on the lowest level twice as many
 EF_BUILD = 100
 EF_SEARCH = (32, 64, 128, 256, 512)  # tried in this order until the recall is high enough
-CODEWORDS = 256  # of each product quantizer: 8 bits a code
-_ROTATION_ROWS = 8_192
-_ROTATION_ROUNDS = 10
+DRAWN = 2  # vectors around each stored one, where there are no queries to learn from
 _IP = untyped_faiss.METRIC_INNER_PRODUCT
 
 
@@ -68,26 +69,13 @@ class Lists:
     spec: Spec
 
     def train(self, sample: Matrix) -> Trained:
-        rows, dim = sample.shape
-        spec, notes = self.spec, []
-        lists = min(spec.keys["nlist"], rows)
-        if lists < spec.keys["nlist"]:
-            notes.append(f"{rows} vectors to train on: nlist is {lists}, not {spec.keys['nlist']}")
+        rows, wanted, notes = len(sample), self.spec.keys["nlist"], []
+        lists = min(wanted, rows)
+        if lists < wanted:
+            notes.append(f"{rows} vectors to train on: nlist is {lists}, not {wanted}")
         if rows < CODEWORDS:
             notes.append(f"{rows} vectors to train {CODEWORDS} codewords: each vector counts several times")
-            sample = np.resize(sample, (CODEWORDS, dim))
-        rotation = _rotation(sample, spec.keys["M"])
-        transform = faiss.LinearTransform(dim, dim, False)
-        faiss.copy_array_to_vector(rotation.ravel(), transform.A)
-        transform.is_trained = True
-        inverted = faiss.IndexIVFPQ(faiss.IndexFlatIP(dim), dim, lists, spec.keys["M"], 8, _IP)
-        inverted.pq.cp.niter = 10  # of 25: the recall is the same
-        for clustering in (inverted.cp, inverted.pq.cp):
-            clustering.min_points_per_centroid = 1  # FAISS prints a warning otherwise; the note says it
-        inverted.train(np.ascontiguousarray(sample @ rotation.T))
-        index = faiss.IndexPreTransform(transform, inverted)
-        index.is_trained = True
-        return Trained(index, tuple(notes))
+        return Trained(empty_index(fitted(sample, self.spec.keys["M"], lists)), tuple(notes))
 
     def probe(self, index: Any, queries: Matrix, fetch: int, effort: int, allowed: Any) -> tuple[Scores, Numbers]:
         """effort: lists visited (nprobe)."""
@@ -106,36 +94,44 @@ class Lists:
         return (self.spec.keys["nprobe"],)
 
 
-def _rotation(sample: Matrix, codes: int) -> Matrix:
-    """(D, D) orthogonal: the rotation after which `codes` quantizers lose least (non-parametric OPQ).
+@dataclass(frozen=True, slots=True)
+class Distilled(Lists):
+    """Lists and codes that are taught, after they were trained, to score as the stored vectors do."""
 
-    Alternates between quantizers for a rotation and the rotation for quantizers (an orthogonal Procrustes
-    problem), starting from a random one.
-    """
-    rows, dim = sample.shape
-    sample = sample[_spread(rows, _ROTATION_ROWS)]
-    start = np.random.default_rng(0).standard_normal((dim, dim))
-    rotation: Matrix = np.linalg.qr(start)[0].astype(np.float32)
-    quantizers = faiss.ProductQuantizer(dim, codes, 8)
-    quantizers.cp.niter = 4
-    quantizers.cp.min_points_per_centroid = 1
-    for _ in range(_ROTATION_ROUNDS):
-        rotated = np.ascontiguousarray(sample @ rotation.T)
-        quantizers.train(rotated)
-        left, _, right = np.linalg.svd(quantizers.decode(quantizers.compute_codes(rotated)).T @ sample)
-        rotation = np.ascontiguousarray(left @ right)
-    return rotation
+    def teach(self, index: Any, stored: Stored, queries: Matrix | None, progress: Progress) -> Trained:
+        """An index to add to, learned from training queries (Q, D), or from what lies around the vectors."""
+        notes: list[str] = []
+        if len(stored) < CODEWORDS:
+            return Trained(index, (f"{len(stored)} vectors: too few to distil from, the codes stay as trained",))
+        if queries is None:
+            notes.append("no queries to learn from: learned from vectors drawn around the stored ones")
+            queries = perturbed(stored.gather(spread(len(stored), MOST)), min(MOST, DRAWN * len(stored)), seed=0)
+        from indexers import distill_vq  # brings torch, which serving does without
 
+        start = quantizers_of(index)
+        learned = distill_vq.taught(start, stored, queries, progress)
+        if learned is None:
+            return Trained(index, (*notes, "what was learned scored no better: the codes stay as trained"))
+        return Trained(empty_index(learned), tuple(notes))
 
-def _spread(count: int, most: int) -> Numbers:
-    return np.linspace(0, count - 1, min(count, most)).astype(np.int64)
+    def like(self, index: Any) -> Any:
+        """An empty index with the quantizers of another, which costs no learning."""
+        return empty_index(quantizers_of(index))
+
+    @property
+    def efforts(self) -> tuple[int, ...]:
+        """The lists to visit that were asked for, or every power of two, to choose from."""
+        if "nprobe" in self.spec.keys:
+            return (self.spec.keys["nprobe"],)
+        lists = self.spec.keys["nlist"]
+        return (*(1 << n for n in range(lists.bit_length()) if 1 << n < lists), lists)
 
 
 def _scalar(bits: int) -> Callable[[int], Any]:
     return lambda dim: faiss.IndexHNSWSQ(dim, bits, LINKS, _IP)
 
 
-Kind = Graph | Lists
+Kind = Graph | Lists  # and Distilled, which is Lists
 _GRAPHS = {
     "hnsw": Graph(lambda dim: faiss.IndexHNSWFlat(dim, LINKS, _IP), 0),
     "hnsw-sq8": Graph(_scalar(untyped_faiss.ScalarQuantizer.QT_8bit), 2),
@@ -147,7 +143,9 @@ _GRAPHS = {
 
 def kind_of(spec: Spec) -> Kind | None:
     """None for `flat`, which needs nothing but the stored vectors."""
-    return Lists(spec) if "nlist" in spec.keys else _GRAPHS.get(spec.kind)
+    if "nlist" not in spec.keys:
+        return _GRAPHS.get(spec.kind)
+    return Distilled(spec) if spec.kind == "distillvq" else Lists(spec)
 
 
 def selector(numbers: Numbers, count: int) -> Any:

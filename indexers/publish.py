@@ -18,20 +18,23 @@ from numpy.typing import NDArray
 
 from indexers import lexical, shards
 from indexers.generation import Generation, Manifest, quiet
+from indexers.product import spread
+from indexers.queries import MOST, Ask, some_windows
 from indexers.rows import Rows
+from indexers.scan import Stored
 from indexers.snapshot import OK, SOUND, EmbeddedSnapshot, Key
 from indexers.vectors import SideIndex, parse_spec
-from retrieval.types import Progress
+from retrieval.types import Matrix, Progress
 
 T = TypeVar("T")
 SEALED_AT = 2_048  # fresh vectors of a side; more than this are no tail any more
 REWRITTEN_AT = 0.1  # share of rows that are new or dead since a derived part was made whole
 
 
-def publish(generation: Generation, now: EmbeddedSnapshot, progress: Progress = quiet) -> None:
+def publish(generation: Generation, now: EmbeddedSnapshot, progress: Progress = quiet, ask: Ask | None = None) -> None:
     """Shows all that was written, and mends derived parts. `now` is what is published at present.
 
-    For the holder of the writer lock.
+    For the holder of the writer lock. ask: makes queries of texts, for an index that learns from them.
     """
     store = generation.store
     with store.reading() as reader:
@@ -40,7 +43,7 @@ def publish(generation: Generation, now: EmbeddedSnapshot, progress: Progress = 
         if state.next == state.rows and not len(deaths) and now.sound:
             return
         rows = now.rows.extended(reader.records(state.rows, state.next), state.next, deaths)
-    step = _Step(generation, now, rows, deaths, generation.manifest(state), state.sequence + 1)
+    step = _Step(generation, now, rows, deaths, generation.manifest(state), state.sequence + 1, ask)
     sealed = step.sealed_tails()
     manifest = {
         "format": 1,
@@ -68,7 +71,9 @@ class _Step:
         deaths: NDArray[np.int32],
         old: Manifest,
         sequence: int,
+        ask: Ask | None,
     ) -> None:
+        self.ask = ask
         self.generation, self.folder = generation, generation.folder
         self.now, self.rows, self.deaths, self.old, self.sequence = now, rows, deaths, old, sequence
 
@@ -138,16 +143,35 @@ class _Step:
             if entry and not _much(sum(map(len, chunks[entry["shards"] :])), sum(map(len, chunks)), 10_000):
                 out[name] = entry
             elif chunks:
-                out[name] = self._index(chunks, progress)
+                out[name] = self._index((space, side), chunks, progress)
         return out
 
-    def _index(self, chunks: Sequence[NDArray[Any]], progress: Progress) -> Manifest:
+    def _index(self, key: Key, chunks: Sequence[NDArray[Any]], progress: Progress) -> Manifest:
+        spec, queries = parse_spec(self.now.vector_index), None
+        # What was learned in this generation serves for what has come since, until it is rebuilt.
+        like = next((stretch.index for stretch in self.now.stretches[key] if stretch.index.spec == spec), None)
+        if spec.kind == "distillvq" and like is None:
+            queries = self._queries(key)
+
         def make(target: Path) -> shards.Checksums:
-            SideIndex.build(chunks, parse_spec(self.now.vector_index), progress).save(target)
+            SideIndex.build(chunks, spec, progress, queries, like).save(target)
             return shards.checksums(target)
 
         name, files = self._new_folder("vectors", make)
         return {"folder": name, "files": files, "shards": len(chunks)}
+
+    def _queries(self, key: Key) -> Matrix | None:
+        """What a side is asked for: pieces of the texts, and vectors of the other side; None where there are none."""
+        space, side = key
+        windows = some_windows(text for _, text in self._texts(0)) if self.ask is not None else []
+        asked = self.ask(space, windows) if self.ask is not None and windows else None
+        found = [] if asked is None else [asked]
+        with self.generation.store.reading() as reader:
+            others = [shard.name for shard in reader.shards() if shard.space == space and shard.side != side]
+        stored = Stored([self.generation.matrix(name) for name in others])
+        if len(stored):
+            found.append(stored.gather(spread(len(stored), MOST)))
+        return np.concatenate(found) if found else None
 
     def _new_folder(self, label: str, make: Callable[[Path], T]) -> tuple[str, T]:
         """A folder with a name of its own; nothing of it stays where making it fails."""

@@ -18,6 +18,7 @@ from indexers.batches import Batches, key_of, source_digest
 from indexers.embedded import current, finished, point, writer_lock
 from indexers.generation import Generation, quiet
 from indexers.intake import BATCH, QUARANTINE, Intake
+from indexers.queries import Ask
 from indexers.shards import Damaged, disk
 from indexers.snapshot import EmbeddedSnapshot
 from indexers.vectors import parse_spec
@@ -58,11 +59,13 @@ def build(
     strict: bool = False,
     shard: tuple[int, int] | None = None,
     gate: Gate | None = None,
+    ask: Ask | None = None,
 ) -> Summary:
     """Makes the collection equal to a source, as a new generation.
 
     Interrupted at any point, the collection is as it was, and the same call goes on where it stopped.
     shard: (i, n) encodes every n-th batch and publishes nothing. gate: raises to refuse what was built.
+    ask: makes queries of texts, for a vector index that learns from them.
     Invalid with `strict` at the first bad item; Conflict while another build runs.
     """
     spec = str(parse_spec(vector_index))
@@ -81,7 +84,8 @@ def build(
     with writer_lock(folder, 0.0, "building"):
         job.run(documents)
         with writer_lock(folder):
-            built = _assemble(folder, about, job, progress, gate)
+            _sweep_partial(folder)
+            built = _assemble(Assembly(folder, about, ask), job, progress, gate)
             _tidy(folder, built.generation)
             job.batches.drop(job.keys)
         job.intake.write_quarantine(folder)
@@ -161,11 +165,7 @@ class _Encoding:
 # --- building beside the old -----------------------------------------------------------------------
 
 
-def _assemble(
-    folder: Path, about: Mapping[str, Any], job: _Encoding, progress: Progress, gate: Gate | None
-) -> EmbeddedSnapshot:
-    _sweep_partial(folder)
-    assembly = Assembly(folder, about)
+def _assemble(assembly: Assembly, job: _Encoding, progress: Progress, gate: Gate | None) -> EmbeddedSnapshot:
     try:
         for done, piece in enumerate(job.pieces, 1):
             if piece.kept and job.old is not None:
@@ -190,10 +190,12 @@ def rebuild(
     config: Mapping[str, Any] | None = None,
     progress: Progress,
     gate: Gate | None = None,
+    ask: Ask | None = None,
 ) -> Summary:
     """A new generation of the same documents and vectors, without what was deleted; nothing is encoded again.
 
     Others may write meanwhile: what they wrote is carried over before the swap.
+    ask: makes queries of texts, for a vector index that learns from them.
     """
     started = time.monotonic()
     current(folder)  # NotFound before a lock file is made
@@ -201,7 +203,7 @@ def rebuild(
         old = Generation(folder, current(folder))
         now = old.load()
         _sweep_partial(folder)
-        assembly = Assembly(folder, _description(old, vector_index, config))
+        assembly = Assembly(folder, _description(old, vector_index, config), ask)
         try:
             for done, ids in enumerate(_alive_ids(now), 1):
                 assembly.add(*copied(now, ids, lenient=True))

@@ -60,6 +60,12 @@ class Stored:
             for at in range(low, high, max(1, step)):
                 yield int(base) + at, _unit(chunk[at : min(at + step, high)])
 
+    def until(self, stop: int) -> Stored:
+        """The first `stop` rows."""
+        return Stored(
+            [chunk[: max(0, stop - int(start))] for start, chunk in zip(self.starts, self.chunks, strict=False)]
+        )
+
     def gather(self, numbers: Numbers) -> Matrix:
         """float32 rows of `numbers`, in the order asked."""
         out = np.empty((len(numbers), self.dim), np.float32)

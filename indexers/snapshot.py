@@ -263,12 +263,20 @@ class EmbeddedSnapshot:
         stretches = self.stretches.get(key, ())
         total = max(1, sum(len(stretch.rows) for stretch in stretches))
         per_vector = sum(stretch.index.bytes_per_vector * len(stretch.rows) for stretch in stretches) / total
-        return {
+        described = {
             "vectors": self.sides[key],
             "kind": str(stretches[0].index.spec) if stretches else self.vector_index,
             "bytes_per_vector": round(per_vector, 1),
             "recall": min((stretch.index.recall for stretch in stretches), default=1.0),
         }
+        measured = stretches[0].index.measured if stretches else None
+        if measured is not None and measured.curve:
+            described |= {
+                "effort": measured.effort,  # nprobe of lists, ef of a graph: the one of the curve that is used
+                "curve": [point._asdict() for point in measured.curve],
+                "notes": list(measured.notes),
+            }
+        return described
 
 
 def _check_k(k: int) -> None:

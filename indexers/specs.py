@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 from retrieval.errors import Invalid
 
-NAMES = ("flat", "hnsw", "hnsw-sq8", "hnsw-sq4", "hnsw-bin", "ivfpq")
+CODES = ("ivfpq", "distillvq")  # take keys
+NAMES = ("flat", "hnsw", "hnsw-sq8", "hnsw-sq4", "hnsw-bin", *CODES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +29,7 @@ class Spec:
             raise Invalid(f"{self}: M={codes} does not divide the dimension {dim}; M can be {divisors}")
 
 
-_CODE_KEYS = {"M": None, "nlist": None, "nprobe": None, "refine": 0}  # None: no default
+_CODE_KEYS = ("M", "nlist", "nprobe", "refine")
 
 
 def parse_spec(text: str) -> Spec:
@@ -36,11 +37,13 @@ def parse_spec(text: str) -> Spec:
 
     >>> str(parse_spec("ivfpq:M=48,nlist=256"))
     'ivfpq:M=48,nlist=256,nprobe=16,refine=0'
+    >>> str(parse_spec("distillvq:M=24,nlist=256"))  # nprobe is chosen when it is built
+    'distillvq:M=24,nlist=256,refine=0'
     """
     kind, colon, rest = text.partition(":")
     if kind not in NAMES:
         raise Invalid(f"no vector index {text!r}; there are {_vocabulary()}", "vector_index")
-    if kind != "ivfpq":
+    if kind not in CODES:
         if colon:
             raise Invalid(f"the vector index {kind} takes no keys, got {rest!r}", "vector_index")
         return Spec(kind)
@@ -51,10 +54,13 @@ def parse_spec(text: str) -> Spec:
     missing = [key for key in ("M", "nlist") if key not in given]
     if missing:
         raise Invalid(f"{text!r} lacks {' and '.join(missing)}; expected {_vocabulary()}", "vector_index")
-    # A sixteenth of the lists, the usual start; what it costs in recall is measured at build time.
-    nprobe = min(given.get("nprobe", max(1, given["nlist"] // 16)), given["nlist"])
-    keys = {"M": given["M"], "nlist": given["nlist"], "nprobe": nprobe, "refine": given.get("refine", 0)}
-    return Spec(kind, keys)
+    if kind == "ivfpq":
+        # A sixteenth of the lists, the usual start; what it costs in recall is measured at build time.
+        given.setdefault("nprobe", max(1, given["nlist"] // 16))
+    if "nprobe" in given:
+        given["nprobe"] = min(given["nprobe"], given["nlist"])
+    given.setdefault("refine", 0)
+    return Spec(kind, {key: given[key] for key in _CODE_KEYS if key in given})
 
 
 def _pair(text: str, item: str) -> tuple[str, int]:
@@ -67,4 +73,5 @@ def _pair(text: str, item: str) -> tuple[str, int]:
 
 
 def _vocabulary() -> str:
-    return ", ".join(NAMES[:-1]) + ", ivfpq:M=..,nlist=..[,nprobe=..][,refine=..]"
+    keys = ":M=..,nlist=..[,nprobe=..][,refine=..]"
+    return ", ".join(name + keys if name in CODES else name for name in NAMES)

@@ -15,6 +15,7 @@ import hashlib
 import json
 import math
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,7 +25,8 @@ import faiss as untyped_faiss
 import numpy as np
 from numpy.typing import NDArray
 
-from indexers.kinds import Graph, Kind, kind_of, selector
+from indexers.kinds import Distilled, Graph, Kind, kind_of, selector
+from indexers.product import spread
 from indexers.scan import TIE, Chunks, Numbers, Scores, Stored, nearest, threads
 from indexers.specs import Spec as Spec
 from indexers.specs import parse_spec as parse_spec
@@ -45,7 +47,9 @@ _SCANNED_WHEN_FILTERED = 32_768  # rows; a filter promises the right answer, so 
 _WIDER_WHEN_FILTERED = 2  # times the effort that the share of allowed vectors asks for
 _REFINED_WHEN_FILTERED = 10  # candidates per result, where codes are searched under a filter
 _RECALL_WANTED = 0.995  # of documents; queries, which lie farther from them, find a little less
+_OF_THE_BEST = 0.99  # of the recall that visiting every list reaches
 _HELD_OUT = 256
+_TIMED = 32  # queries
 _MEASURED_K = 10
 _SAMPLE_ROWS = 32_768  # of training: 128 for each of 256 codewords
 _WORTH_THREADS = 16_384  # rows; below, threads of a build mostly wait for each other
@@ -65,6 +69,14 @@ class Found(NamedTuple):
     recall: float
 
 
+class Point(NamedTuple):
+    """What one effort costs and finds; ms is the median for one query on one thread."""
+
+    effort: int
+    recall: float
+    ms: float
+
+
 @dataclass(frozen=True, slots=True)
 class Measured:
     """What a build found out, kept beside the index."""
@@ -73,6 +85,7 @@ class Measured:
     effort: int = 0  # of the search that reached it: queue length of a graph, lists visited
     bytes_per_vector: float = 0.0
     notes: tuple[str, ...] = ()  # what was done otherwise than asked, and why
+    curve: tuple[Point, ...] = ()  # what was tried to choose the effort
 
 
 class Codes(NamedTuple):
@@ -104,11 +117,20 @@ class SideIndex:
         return self.measured.bytes_per_vector
 
     @classmethod
-    def build(cls, chunks: Chunks, spec: Spec, progress: Progress) -> SideIndex:
+    def build(
+        cls,
+        chunks: Chunks,
+        spec: Spec,
+        progress: Progress,
+        queries: Matrix | None = None,
+        like: SideIndex | None = None,
+    ) -> SideIndex:
         """Train on, index and measure the rows of `chunks`, (N, D) each.
 
         The last rows are queries before they are added, so the recall is that of vectors nothing has seen.
-        Raises Invalid where the spec does not suit the dimension.
+        queries: (Q, D) like those to come, for an index that learns from them; some are kept back to measure with.
+        like: an earlier index of that spec, whose quantizers are used again instead of learning others.
+        Raises Invalid where the spec does not suit the dimension, or the queries do not.
         """
         stored = Stored(chunks)
         kind = kind_of(spec)
@@ -117,15 +139,22 @@ class SideIndex:
         if kind is None or not len(stored):
             return cls(spec, stored, None, Measured(bytes_per_vector=stored.bytes_per_row))
         seen = len(stored) - min(_HELD_OUT, len(stored) // 10)
+        learning, asked = _kept_back(_checked(queries, stored)) if isinstance(kind, Distilled) else (None, None)
         progress("train", 0, None)
         with threads(BUILD_THREADS if len(stored) >= _WORTH_THREADS else 1):
-            index, notes = kind.train(stored.gather(_spread(seen, _SAMPLE_ROWS)))
+            if isinstance(kind, Distilled) and like is not None and like._codes is not None:
+                index, notes = kind.like(like._codes.index), like.measured.notes
+            else:
+                index, notes = kind.train(stored.gather(spread(seen, _SAMPLE_ROWS)))
+                if isinstance(kind, Distilled):
+                    index, more = kind.teach(index, stored.until(seen), learning, progress)
+                    notes += more
             codes = Codes(kind, index)
             side = cls(spec, stored, codes, Measured())
             side._add(codes, 0, seen, progress)
-            recall, effort = side._measure(codes, seen)
+            chosen, curve = side._measure(codes, seen, asked)
             side._add(codes, seen, len(stored), progress)
-        side.measured = Measured(recall, effort, _bytes(index) / len(stored), notes)
+        side.measured = Measured(chosen.recall, chosen.effort, _bytes(index) / len(stored), notes, curve)
         return side
 
     def _add(self, codes: Codes, start: int, stop: int, progress: Progress) -> None:
@@ -135,22 +164,34 @@ class SideIndex:
                 codes.index.add(some)
                 progress("vectors", at + offset + len(some), len(self))
 
-    def _measure(self, codes: Codes, seen: int) -> tuple[float, int]:
-        """(recall@10, effort): the least effort that finds enough, over the rows not added yet.
+    def _measure(self, codes: Codes, seen: int, queries: Matrix | None) -> tuple[Point, tuple[Point, ...]]:
+        """The least effort that finds enough, and what was tried; over `queries`, or the rows not added yet.
 
         Fewer than ten vectors hold none out and ask for themselves.
         """
-        numbers = np.arange(seen, len(self)) if seen < len(self) else np.arange(seen)
-        queries = self._stored.gather(numbers)
+        if queries is None:
+            queries = self._stored.gather(np.arange(seen, len(self)) if seen < len(self) else np.arange(seen))
         k = min(_MEASURED_K, seen)
-        truth, _ = nearest(self._stored, queries, k, np.arange(seen))
-        recall, effort = 0.0, 0
+        truth = nearest(self._stored, queries, k, np.arange(seen))[0][:, k - 1 : k]
+        curve = []
         for effort in codes.kind.efforts:
-            _, found = self._probe(codes, queries, k, None, effort, codes.kind.oversample)
-            recall = _recall(self._stored.scores(queries, found), truth[:, k - 1 : k])
-            if recall >= _RECALL_WANTED:
+            curve.append(self._point(codes, queries, k, truth, effort))
+            if curve[-1].recall >= _RECALL_WANTED:
                 break
-        return recall, effort
+        # Codes lose some however many lists are visited; what is left of the loss is not worth visiting all.
+        wanted = _RECALL_WANTED if isinstance(codes.kind, Graph) else _OF_THE_BEST * max(p.recall for p in curve)
+        return next((point for point in curve if point.recall >= wanted), curve[-1]), tuple(curve)
+
+    def _point(self, codes: Codes, queries: Matrix, k: int, truth: Scores, effort: int) -> Point:
+        _, found = self._probe(codes, queries, k, None, effort, codes.kind.oversample)
+        recall = _recall(self._stored.scores(queries, found), truth)
+        took = []
+        with threads(1):
+            for query in queries[:_TIMED]:
+                start = time.perf_counter()
+                self._probe(codes, query[None], k, None, effort, codes.kind.oversample)
+                took.append(time.perf_counter() - start)
+        return Point(effort, round(recall, 4), round(1_000 * float(np.median(took)), 4))
 
     def search(
         self,
@@ -251,7 +292,8 @@ class SideIndex:
         try:
             card = json.loads((folder / "side.json").read_text())
             spec = parse_spec(card["spec"])
-            measured = Measured(card["recall"], card["effort"], card["bytes_per_vector"], tuple(card["notes"]))
+            curve = tuple(Point(*point) for point in card.get("curve", ()))
+            measured = Measured(card["recall"], card["effort"], card["bytes_per_vector"], tuple(card["notes"]), curve)
             if (card["vectors"], card["dim"]) != (len(stored), stored.dim):
                 raise BackendError(f"a vector index is about {card['vectors']} vectors, but {len(stored)} are stored")
             kind = kind_of(spec) if len(stored) else None
@@ -312,9 +354,24 @@ def _tied_by_id(names: list[str], values: list[float], k: int) -> tuple[list[str
     return names[:k], values[:k]
 
 
-def _spread(count: int, most: int) -> Numbers:
-    """At most `most` numbers below `count`, evenly spread."""
-    return np.unique(np.linspace(0, count - 1, min(count, most)).astype(np.int64))
+def _checked(queries: Matrix | None, stored: Stored) -> Matrix | None:
+    """Training queries as they can be learned from; None where there are none."""
+    if queries is None or not len(queries):
+        return None
+    if queries.ndim != 2 or queries.shape[1] != stored.dim:
+        raise Invalid(f"training queries of shape {queries.shape}, the vectors have {stored.dim} dimensions")
+    if not np.isfinite(queries).all():
+        raise Invalid("training queries hold numbers that are not finite; encode them again")
+    return np.ascontiguousarray(queries, np.float32)
+
+
+def _kept_back(queries: Matrix | None) -> tuple[Matrix | None, Matrix | None]:
+    """(to learn from, to measure with): too few are for learning alone."""
+    if queries is None or len(queries) < 2 * _HELD_OUT:
+        return queries, None
+    back = np.zeros(len(queries), np.bool_)
+    back[spread(len(queries), _HELD_OUT)] = True
+    return queries[~back], queries[back]
 
 
 def _recall(found: Scores, least: Scores) -> float:
