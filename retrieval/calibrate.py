@@ -60,7 +60,8 @@ def _calibrated(
             sorted(_best(leg, query, ranking, out) for query, ranking in zip(sample, retrieve(sample, 2), strict=True))
             for sample in samples
         ]
-        out[leg] = Calibration(*best)
+        if any(score > 0 for sample in best for score in sample):  # a leg that never spoke has nothing to tell
+            out[leg] = Calibration(*best)
     return out
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 from urllib.parse import quote
 
 import numpy as np
 
-from retrieval import confidence, filters
+from retrieval import confidence, filters, pages
 from retrieval.answers import counts, distinct_words, grouped, highlights, shares
 from retrieval.confidence import Calibrations
 from retrieval.errors import Conflict, InputError, Invalid, NotFound, RetrievalError
@@ -66,8 +67,9 @@ class Parts(NamedTuple):
 
 
 class _Plan(NamedTuple):
-    """A request made ready: what to rank, on which snapshot, and where the page starts."""
+    """A request made ready: what to rank, by whom, on which snapshot, and where the page starts."""
 
+    engine: Engine  # another than the one asked where a cursor is older than what was learned since
     request: Request
     query: Query
     where: Filter | None
@@ -83,7 +85,7 @@ class Engine:
     name: str
     index: Index
     parts: Parts
-    shelf: Shelf = field(default_factory=Shelf, repr=False)
+    shelf: Shelf[Engine] = field(default_factory=Shelf, repr=False)
 
     # --- verbs -----------------------------------------------------------------------------------
 
@@ -102,9 +104,8 @@ class Engine:
         try:
             plans = [_caught(self._plan, request) for request in requests]
             ready = self._with_vectors([plan for plan in plans if isinstance(plan, _Plan)])
-            answers = iter(
-                [self._answered(plan, result) for plan, result in zip(ready, self._rank(ready), strict=True)]
-            )
+            ranked = zip(ready, self._rank(ready), strict=True)
+            answers = iter([plan.engine._answered(plan, result) for plan, result in ranked])
             out = [next(answers) if isinstance(plan, _Plan) else plan for plan in plans]
         finally:
             stages.reset(token)
@@ -228,19 +229,29 @@ class Engine:
 
     # --- from request to plan --------------------------------------------------------------------
 
+    @cached_property
+    def _learned(self) -> str:
+        """Equal for engines that rank and judge alike."""
+        parts = self.parts
+        digests = [(space, sorted(encoder.digests.items())) for space, encoder in parts.encoders.items()]
+        return pages.fingerprint(parts.weights, parts.calibrations, digests)
+
     def _plan(self, request: Request) -> _Plan:
         where = filters.parse(request.where)
         check(request)
-        latest = self.snapshot()
-        self.shelf.keep(latest)
-        query = Query(parts=tuple(self._part(part, i, latest) for i, part in enumerate(request.query)))
         print_ = fingerprint(request, where)
         if request.cursor is None:
-            return _Plan(request, query, where, latest, 0, print_)
+            latest = self.snapshot()
+            self.shelf.keep(latest, self, self._learned)
+            return self._planned(request, where, latest, 0, print_)
         cursor = Cursor.decode(request.cursor, print_)
-        snapshot = self.shelf.find(cursor)
-        query = Query(parts=tuple(self._part(part, i, snapshot) for i, part in enumerate(request.query)))
-        return _Plan(request, query, where, snapshot, cursor.offset, print_)
+        snapshot, engine = self.shelf.find(cursor)
+        return engine._planned(request, where, snapshot, cursor.offset, print_)
+
+    def _planned(self, request: Request, where: Filter | None, snapshot: Snapshot, offset: int, print_: str) -> _Plan:
+        parts = [self._part(part, i, snapshot) for i, part in enumerate(request.query)]
+        query = Query(parts=tuple(part for part in parts if part.weight))
+        return _Plan(self, request, query, where, snapshot, offset, print_)
 
     def _part(self, part: RequestPart, position: int, snapshot: Snapshot) -> Part:
         path = f"query[{position}]"
@@ -301,8 +312,12 @@ class Engine:
     # --- from plan to answer ---------------------------------------------------------------------
 
     def _with_vectors(self, plans: Sequence[_Plan]) -> list[_Plan]:
-        queries = self.encoded([plan.query for plan in plans])
-        return [plan._replace(query=query) for plan, query in zip(plans, queries, strict=True)]
+        out = list(plans)
+        for engine in dict.fromkeys(plan.engine for plan in plans):
+            mine = [i for i, plan in enumerate(plans) if plan.engine is engine]
+            for i, query in zip(mine, engine.encoded([plans[i].query for i in mine]), strict=True):
+                out[i] = plans[i]._replace(query=query)
+        return out
 
     def encoded(self, queries: Sequence[Query]) -> list[Query]:
         """Every part encoded once per space, all queries in one call, whichever legs will use the vectors."""
@@ -322,11 +337,12 @@ class Engine:
         for i, plan in enumerate(plans):
             r = plan.request
             weights = tuple(sorted((r.weights or {}).items()))
-            groups.setdefault((r.retriever, plan.where, r.method, weights, r.exact, id(plan.snapshot)), []).append(i)
+            alike = (r.retriever, plan.where, r.method, weights, r.exact, id(plan.snapshot), plan.engine)
+            groups.setdefault(alike, []).append(i)
         out: list[Ranking | RetrievalError] = [Ranking()] * len(plans)
         for members in groups.values():
             plan = plans[members[0]]
-            rankings = _caught(self._rank_alike, plan, [plans[i].query for i in members])
+            rankings = _caught(plan.engine._rank_alike, plan, [plans[i].query for i in members])
             for n, i in enumerate(members):
                 out[i] = rankings if isinstance(rankings, RetrievalError) else rankings[n]
         return out
@@ -353,7 +369,7 @@ class Engine:
             page, offset = self._page(hits, plan)
             documents = snapshot.fetch([hit.id for _, hit in page])
         more = any(place > offset for place, _ in hits)
-        cursor = Cursor(snapshot.generation, snapshot.sequence, plan.fingerprint, offset).encode() if more else None
+        here = Cursor(snapshot.generation, snapshot.sequence, self._learned, plan.fingerprint, offset)
         return {
             "hits": [
                 self._hit(plan, place, hit, document) | {"confidence": sure, "group": groups.get(hit.id)}
@@ -365,7 +381,7 @@ class Engine:
             "exact": ranking.exact,
             "recall": round(ranking.recall, 4),
             "generation": snapshot.generation,
-            "cursor": cursor,
+            "cursor": here.encode() if more else None,
             **({"explanation": self._explanation(plan)} if request.explain else {}),
         }
 

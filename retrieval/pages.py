@@ -9,10 +9,12 @@ import json
 import threading
 import time
 from collections import OrderedDict
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 from retrieval.errors import Gone, Invalid
 from retrieval.types import Snapshot
+
+Searcher = TypeVar("Searcher")
 
 KEPT_SNAPSHOTS = 8
 KEPT_S = 600.0
@@ -23,6 +25,7 @@ class Cursor(NamedTuple):
 
     generation: int
     sequence: int
+    learned: str  # fingerprint of the searcher: weights and calibrations may be learned anew
     query: str  # fingerprint of everything in the request that decides the ranking
     offset: int
 
@@ -39,34 +42,42 @@ class Cursor(NamedTuple):
             valid = False
         if not valid or cursor.offset < 0:
             raise Invalid("cursor: not one that this collection gave out; leave it out for the first page", "cursor")
-        if cursor.query != query:
+        if cursor.query != query or not isinstance(cursor.learned, str):
             raise Invalid("cursor: it belongs to another query; send the query that it came from", "cursor")
         return cursor
 
 
-class Shelf:
-    """The last published snapshots that cursors may still point to."""
+class Kept(NamedTuple, Generic[Searcher]):
+    """A published snapshot, and who searched it: what was learned since then must not change later pages."""
+
+    snapshot: Snapshot
+    searcher: Searcher
+
+
+class Shelf(Generic[Searcher]):
+    """The last published snapshots that cursors may still point to, each with its searcher."""
 
     def __init__(self) -> None:
-        self._kept: OrderedDict[tuple[int, int], tuple[float, Snapshot]] = OrderedDict()
+        self._kept: OrderedDict[tuple[int, int, str], tuple[float, Kept[Searcher]]] = OrderedDict()
         self._lock = threading.Lock()
 
-    def keep(self, snapshot: Snapshot) -> None:
+    def keep(self, snapshot: Snapshot, searcher: Searcher, learned: str) -> None:
         now = time.monotonic()
+        key = (snapshot.generation, snapshot.sequence, learned)
         with self._lock:
-            self._kept[snapshot.generation, snapshot.sequence] = (now, snapshot)
-            self._kept.move_to_end((snapshot.generation, snapshot.sequence))
+            self._kept[key] = (now, Kept(snapshot, searcher))
+            self._kept.move_to_end(key)
             while len(self._kept) > KEPT_SNAPSHOTS or now - next(iter(self._kept.values()))[0] > KEPT_S:
                 self._kept.popitem(last=False)
 
-    def find(self, cursor: Cursor) -> Snapshot:
+    def find(self, cursor: Cursor) -> Kept[Searcher]:
         with self._lock:
-            kept_at, snapshot = self._kept.get((cursor.generation, cursor.sequence), (0.0, None))
-        if snapshot is None or time.monotonic() - kept_at > KEPT_S:
+            kept_at, kept = self._kept.get((cursor.generation, cursor.sequence, cursor.learned), (0.0, None))
+        if kept is None or time.monotonic() - kept_at > KEPT_S:
             raise Gone(
                 "cursor: the state of the collection that it points to is no longer kept; search again", "cursor"
             )
-        return snapshot
+        return kept
 
 
 def fingerprint(*parts: object) -> str:

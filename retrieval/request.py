@@ -61,6 +61,8 @@ def check(request: Request) -> None:
         raise TooLarge(f"k: got {request.k}, the limit is {DEPTH}; use the cursor for more", "k")
     if request.min_confidence is not None and not 0 <= request.min_confidence <= 1:
         raise Invalid(f"min_confidence: got {request.min_confidence}, expected 0 to 1", "min_confidence")
+    if request.weights and not any(weight > 0 for weight in request.weights.values()):
+        raise Invalid("fusion.weights: expected at least one above 0", "fusion.weights")
     if unknown := set(request.fields) - set(FIELDS):
         raise Invalid(f"fields: got '{min(unknown)}', expected some of {', '.join(FIELDS)}", "fields")
 

@@ -58,11 +58,13 @@ def create_app(settings: Settings, home: Home | None = None, jobs: Jobs | None =
     )  # fmt: skip
     problems.install(app)
     _public(app, service.home)
-    app.include_router(router(service))
+    routes = router(service)
+    app.include_router(routes)
     app.mount("/static", StaticFiles(directory=STATIC), name="static")
     app.openapi = lambda: openapi.document(app)  # type: ignore[method-assign]
     app.add_middleware(Guard, settings=settings)
     app.state.jobs = service.jobs
+    app.state.routes = [*app.routes, *routes.routes]  # an included router does not list its own
     return app
 
 

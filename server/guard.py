@@ -37,7 +37,7 @@ HEADERS = {
     "cross-origin-resource-policy": "same-origin",
     "cross-origin-opener-policy": "same-origin",
 }
-METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE")
+METHODS = ("GET", "POST", "PUT", "DELETE")
 MAX_BUCKETS = 10_000
 SLASH = "\x1f"  # stands for a slash within one segment of a path; no id can hold it
 READS = re.compile(r"/v1/collections/[^/]+/search(/batch)?|/v1/embeddings")
@@ -57,8 +57,9 @@ class Guard:
             await self.app(scope, receive, send)
             return
         start = time.perf_counter()
-        scope["path"] = segments(scope)
-        scope["request_id"] = uuid.uuid4().hex[:16]
+        # A copy: the server still sees HEAD, and leaves the body of the answer out.
+        method = "GET" if scope["method"] == "HEAD" else scope["method"]
+        scope = {**scope, "method": method, "path": segments(scope), "request_id": uuid.uuid4().hex[:16]}
         status = 500
         caller = "-"
 
@@ -165,7 +166,7 @@ def role_for(method: str, path: str) -> Role:
     >>> role_for("POST", "/v1/collections/films/search"), role_for("DELETE", "/v1/collections/films/documents/search")
     ('read', 'write')
     """
-    if method in ("GET", "HEAD") or (method == "POST" and READS.fullmatch(path)):
+    if method == "GET" or (method == "POST" and READS.fullmatch(path)):
         return "read"
     return "admin" if method == "DELETE" and DROPS.fullmatch(path) else "write"
 

@@ -25,10 +25,10 @@ from retrieval.filters import Filter
 from retrieval.pages import Shelf
 from retrieval.types import Document, Encoder, Progress, Rejected, Snapshot
 from server.assemble import NONE, Config, Models, Weights, shipped_weights
+from server.backends import Held, Made
 from server.settings import Settings
 
 if TYPE_CHECKING:
-    from indexers.embedded import Embedded
     from indexers.rebuild import Summary
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -56,7 +56,7 @@ class Learned(NamedTuple):
 class Opened(NamedTuple):
     """An index, and the folder that it was opened from: a collection may be deleted and made again elsewhere."""
 
-    embedded: Embedded
+    opened: Held
     handle: int  # keeps the folder's inode from being given to another folder
 
     def is_at(self, folder: Path) -> bool:
@@ -66,7 +66,7 @@ class Opened(NamedTuple):
         return False
 
     def close(self) -> None:
-        self.embedded.close()
+        self.opened.close()
         os.close(self.handle)
 
 
@@ -74,7 +74,7 @@ class Assembled(NamedTuple):
     """An engine, and what it was assembled from."""
 
     engine: Engine
-    embedded: Embedded
+    opened: Held
     config: Config
     stamps: tuple[Stamp, ...]  # of what was learned
 
@@ -115,7 +115,7 @@ class Home:
             config = Config.of(index.config)
             made_of = (index, config, (_stamp(folder / TUNED), _stamp(folder / CALIBRATED)))
             if held is None or made_of != held[1:]:
-                shelf = held.engine.shelf if held is not None and held.embedded is index else Shelf()
+                shelf = held.engine.shelf if held is not None and held.opened is index else Shelf()
                 held = Assembled(Engine(name, index, self._parts(name, config), shelf), *made_of)
                 self._engines[name] = held
             return held.engine
@@ -185,20 +185,20 @@ class Home:
         progress: Progress,
         strict: bool = False,
         shard: tuple[int, int] | None = None,
+        backend: str | None = None,
     ) -> Summary:
-        """Makes the collection equal to `documents`, as a new generation. No usable document is an error."""
-        from indexers.rebuild import build
+        """Makes the collection equal to `documents`, as a new generation. No usable document is an error.
 
+        backend: `embedded` or the URL of a cluster; None where the collection lives already, else `embedded`.
+        """
         folder = self.folder(name)
+        place = self.models.backend(folder, backend)
         self._must_be_writable(folder)
         self.check_vector_index(config.vector_index)
         parts = self.models.parts(config, shipped_weights())
         if parts.scorer is not None:
             parts.scorer.digest  # noqa: B018 (loads it: a wrong name is refused now, not at the first search)
-        done = build(
-            folder,
-            documents,
-            parts.prepare,
+        made = Made(
             config=config.json(),
             spaces=self.models.spaces(config),
             vector_index=config.vector_index,
@@ -206,6 +206,7 @@ class Home:
             strict=strict,
             shard=shard,
         )
+        done = place.build(documents, parts.prepare, made)
         if shard is None:
             self._calibrate(name, progress, anew=done.added > 0)
         return done
@@ -214,6 +215,8 @@ class Home:
         """An empty collection. Raises Conflict where there is one of that name already."""
         if self.models.published(self.folder(name)):
             raise Conflict(f"collection {name}: exists already; delete it first, or add to it", "collection")
+        if (linker := self.models.linker(config)) is not None:
+            linker.digest  # noqa: B018 (loads it: no document asks for it here, and a wrong name is refused now)
         return self.index(name, (), config, progress=silent)
 
     def add(self, name: str, documents: Iterable[Document | Rejected], progress: Progress) -> Added:
@@ -253,13 +256,11 @@ class Home:
         progress: Progress,
     ) -> Summary:
         """A new generation of the same documents and vectors; nothing is encoded again."""
-        from indexers.rebuild import rebuild
-
         config = self.config(name).json()
         if vector_index is not None:
             config["vector_index"] = vector_index
         self._must_be_writable(self.folder(name))
-        done = rebuild(self.folder(name), vector_index=vector_index, config=config, progress=progress, gate=gate)
+        done = self.models.backend(self.folder(name)).rebuild(vector_index, config, progress, gate)
         self._calibrate(name, progress, anew=False)
         return done
 
@@ -272,20 +273,16 @@ class Home:
 
     def rollback(self, name: str) -> int:
         """Back to the last good generation; returns its number."""
-        from indexers.rebuild import rollback
-
         self._must_exist(name)
-        return rollback(self.folder(name))
+        return self.models.backend(self.folder(name)).rollback()
 
     def delete(self, name: str) -> None:
-        from indexers.rebuild import delete
-
         self._must_exist(name)
         with self._locked(name):
             self._engines.pop(name, None)
             if name in self._indexes:
                 self._indexes.pop(name).close()
-            delete(self.folder(name))
+            self.models.backend(self.folder(name)).delete()
 
     def keep_weights(self, name: str, weights: Weights, learned: Mapping[str, Any]) -> None:
         """Stores fusion weights with the collection: kinds of query that `weights` lacks keep the shipped ones."""
@@ -301,7 +298,7 @@ class Home:
 
     # --- within ----------------------------------------------------------------------------------
 
-    def _index(self, name: str) -> Embedded:
+    def _index(self, name: str) -> Held:
         """The index of a collection, opened once, at its newest state. For the holder of the collection's lock."""
         folder = self.folder(name)
         held = self._indexes.get(name)
@@ -310,8 +307,8 @@ class Home:
             held = None
         if held is None:
             held = self._indexes[name] = Opened(self.models.index(folder), os.open(folder, os.O_RDONLY))
-        held.embedded.snapshot()  # follows a generation that another process published
-        return held.embedded
+        held.opened.snapshot()  # follows a generation that another process published
+        return held.opened
 
     def _must_exist(self, name: str) -> None:
         if not self.folder(name).is_dir():
@@ -324,6 +321,7 @@ class Home:
 
     def _calibrate(self, name: str, progress: Progress, anew: bool) -> None:
         """Measures what scores mean here: `anew`, or where that was never done, or done on far fewer documents."""
+        from encoders.strangers import strangers
         from retrieval.calibrate import calibrate
 
         engine = self.engine(name)
@@ -332,7 +330,8 @@ class Home:
         if not anew and before is not None and abs(documents - before) <= CALIBRATED_WITHIN * documents:
             return
         progress("calibrate", 0, 1)
-        self._keep(name, CALIBRATED, {"documents": documents, "calibrations": confidence.to_json(calibrate(engine))})
+        calibrations = calibrate(engine, strangers() if engine.has_pictures(engine.snapshot()) else ())
+        self._keep(name, CALIBRATED, {"documents": documents, "calibrations": confidence.to_json(calibrations)})
         progress("calibrate", 1, 1)
 
     def _keep(self, name: str, file: str, learned: Mapping[str, Any]) -> None:

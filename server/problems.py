@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
@@ -11,6 +12,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from retrieval.errors import (
     BackendError,
@@ -36,6 +38,10 @@ STATUS: Mapping[type[RetrievalError], int] = {
     InputError: 422,
     BackendError: 503,
 }
+
+
+WORDS = {"extra_forbidden": "no such field here", "missing": "is missing"}
+UNION = re.compile(r"constrained-|list\[|dict\[|function-")
 
 
 class Refused(HTTPException):
@@ -87,10 +93,18 @@ def install(app: FastAPI) -> None:
     """Every error of every route ends here."""
 
     async def handle(request: Request, error: Exception) -> JSONResponse:
-        return of(error, str(request.scope.get("request_id", "")))
+        if isinstance(error, HTTPException) and error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+            error.headers = {"Allow": ", ".join(_allowed(request))}
+        return of(error, request_id(request))
 
     for kind in (RetrievalError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, handle)
+
+
+def _allowed(request: Request) -> list[str]:
+    """Every method of the path: several routes may share it, each knows only its own."""
+    there = [route for route in request.app.state.routes if route.matches(request.scope)[0] is not Match.NONE]
+    return sorted({method for route in there for method in getattr(route, "methods", None) or ()})
 
 
 def first_fault(errors: Any) -> tuple[int, str, str | None]:
@@ -99,7 +113,7 @@ def first_fault(errors: Any) -> tuple[int, str, str | None]:
     if first["type"] == "json_invalid":
         return 400, "the body is not JSON", None
     path = field_path(first["loc"][1:])  # the first step says where: body, query, path
-    return 422, f"{path or 'body'}: {first['msg']}", path or None
+    return 422, f"{path or 'body'}: {WORDS.get(first['type'], first['msg'])}", path or None
 
 
 def field_path(steps: Any) -> str:
@@ -110,6 +124,8 @@ def field_path(steps: Any) -> str:
     """
     out = ""
     for step in steps:
+        if isinstance(step, str) and UNION.match(step):  # which of several shapes was tried
+            continue
         out += f"[{step}]" if isinstance(step, int) else f".{step}" if out else str(step)
     return out
 

@@ -29,16 +29,19 @@ from server.bodies import StrictRoute, json_and_files, json_of, lines_of, valid
 from server.guard import SLASH
 from server.home import Home
 from server.jobs import FINAL, Jobs
+from server.judging import judgments
 from server.openapi import BATCH_ANSWER, PNG, SSE, body_of
 from server.pictures import Fetch
 from server.settings import Settings
 from server.work import source_below
 
 EVENT_EVERY_S = 0.3
+UNCACHED = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 MADE_BY = ("text_encoder", "image_encoder", "reranker", "ontology")
 _SEARCH: TypeAdapter[schemas.Search] = TypeAdapter(schemas.Search)
 
 Id = Annotated[str, AfterValidator(lambda id: id.replace(SLASH, "/"))]  # the guard tells slashes of an id apart
+Name = Id  # no collection's name holds one, and what is wrong with a name is told as it was sent
 
 
 class Service(NamedTuple):
@@ -72,13 +75,14 @@ def _collections(routes: APIRouter, service: Service) -> None:
         return {"collections": [home.info(name) for name in home.names()]}
 
     @routes.get("/collections/{c}", response_model=schemas.CollectionInfo)
-    def collection(c: str) -> dict[str, Any]:
+    def collection(c: Name) -> dict[str, Any]:
         """Counts, spaces with encoder digests, generation, index kinds, bytes per vector, measured recall."""
         return _shown(home.info(c))
 
     @routes.put("/collections/{c}", status_code=201, response_model=schemas.CollectionInfo)
-    def create_collection(c: str, body: schemas.CollectionIn) -> dict[str, Any]:
+    def create_collection(c: Name, body: schemas.CollectionIn | None = None) -> dict[str, Any]:
         """An empty collection. Local paths are for the command line: names only here."""
+        body = body or schemas.CollectionIn()
         for field in MADE_BY:
             name = getattr(body, field)
             if name is not None and (name.startswith((".", "/", "~")) or "\\" in name or Path(name).exists()):
@@ -88,7 +92,7 @@ def _collections(routes: APIRouter, service: Service) -> None:
         return _shown(home.info(c))
 
     @routes.delete("/collections/{c}", status_code=204)
-    def delete_collection(c: str) -> None:
+    def delete_collection(c: Name) -> None:
         """Drops a collection with all its generations."""
         home.delete(c)
 
@@ -111,7 +115,7 @@ def _searching(routes: APIRouter, service: Service) -> None:
         response_model=schemas.Answer,
         openapi_extra=body_of(schemas.Search, multipart="query"),
     )
-    async def search(c: str, request: HttpRequest) -> JSONResponse:
+    async def search(c: Name, request: HttpRequest) -> JSONResponse:
         """One query: JSON, or multipart with field `query` (the JSON) and the file fields that it names."""
         body, files = await json_and_files(request, "query")
         asked = await _request(service, body, files)
@@ -125,7 +129,7 @@ def _searching(routes: APIRouter, service: Service) -> None:
         responses={200: {"content": {"application/json": {"schema": BATCH_ANSWER}}}},
         openapi_extra=body_of(list[schemas.Search]),
     )
-    async def search_batch(c: str, request: HttpRequest) -> JSONResponse:
+    async def search_batch(c: Name, request: HttpRequest) -> JSONResponse:
         """A list of queries; one answer or one problem each, in order."""
         body = json_of(await request.body())
         if not isinstance(body, list) or not body:
@@ -176,12 +180,12 @@ def _documents(routes: APIRouter, service: Service) -> None:
         response_model=schemas.Ingested,
         openapi_extra=body_of(list[schemas.DocumentIn], ndjson=schemas.DocumentIn),
     )
-    async def add_documents(c: str, request: HttpRequest) -> dict[str, Any]:
+    async def add_documents(c: Name, request: HttpRequest) -> dict[str, Any]:
         """Upserts a JSON list or NDJSON lines; a status per item. What is told as added is on disk and visible."""
         return await work(uploads.upsert, home, c, await lines_of(request), service.fetch)
 
     @routes.get("/collections/{c}/documents/{id:path}/image", responses=PNG, response_class=Response)
-    def image(c: str, id: Id, size: Annotated[int, Query(ge=16, le=512)] = 512) -> Response:
+    def image(c: Name, id: Id, size: Annotated[int, Query(ge=16, le=512)] = 512) -> Response:
         """The rendered picture, PNG, longest side at most `size`."""
         from encoders.images import smaller
 
@@ -192,17 +196,17 @@ def _documents(routes: APIRouter, service: Service) -> None:
         return Response(shown, media_type="image/png", headers={"Cache-Control": "private, max-age=60"})
 
     @routes.get("/collections/{c}/documents/{id:path}", response_model=schemas.DocumentOut)
-    def document(c: str, id: Id) -> dict[str, Any]:
+    def document(c: Name, id: Id) -> dict[str, Any]:
         """One document with its findings."""
         return _document(home.engine(c), id)
 
     @routes.delete("/collections/{c}/documents/{id:path}", response_model=schemas.Deleted)
-    async def delete_document(c: str, id: Id) -> dict[str, int]:
+    async def delete_document(c: Name, id: Id) -> dict[str, int]:
         """Removes one document; 0 where there was none."""
         return {"deleted": await work(home.remove, c, [id])}
 
     @routes.post("/collections/{c}/documents/delete", response_model=schemas.Deleted)
-    async def delete_documents(c: str, body: schemas.DeleteByFilter) -> dict[str, int]:
+    async def delete_documents(c: Name, body: schemas.DeleteByFilter) -> dict[str, int]:
         """Removes every document that a filter selects. An empty filter is refused."""
         where = filters.parse(body.where)
         if where is None:
@@ -224,21 +228,21 @@ def _jobs(routes: APIRouter, service: Service) -> None:
     home, jobs, settings = service.home, service.jobs, service.settings
 
     @routes.post("/collections/{c}/rebuild", status_code=202, response_model=schemas.Job)
-    def rebuild(c: str, body: schemas.RebuildIn | None = None) -> dict[str, Any]:
+    def rebuild(c: Name, body: schemas.RebuildIn | None = None) -> dict[str, Any]:
         """A new generation beside the old one, then a swap; searches go on."""
         home.config(c)
         home.check_vector_index(body.vector_index if body else None)
         return jobs.submit("rebuild", c, body.model_dump() if body else {})
 
     @routes.post("/collections/{c}/ingestions", status_code=202, response_model=schemas.Job)
-    def ingest(c: str, body: schemas.IngestionIn) -> dict[str, Any]:
+    def ingest(c: Name, body: schemas.IngestionIn) -> dict[str, Any]:
         """Adds the documents of a source below the configured folder."""
         home.config(c)
         source_below(settings, body.source)
         return jobs.submit("ingestion", c, body.model_dump())
 
     @routes.post("/collections/{c}/evaluations", status_code=202, response_model=schemas.Job)
-    def evaluate(c: str, body: schemas.EvaluationIn) -> dict[str, Any]:
+    def evaluate(c: Name, body: schemas.EvaluationIn) -> dict[str, Any]:
         """Measures retrievers on judgments: in the body, or of a source below the configured folder."""
         _check_evaluation(home.engine(c), body, settings)
         return jobs.submit("evaluation", c, body.model_dump(by_alias=True))
@@ -262,7 +266,7 @@ def _jobs(routes: APIRouter, service: Service) -> None:
     async def job_events(id: str) -> StreamingResponse:
         """The job as server-sent events until it ends."""
         await run_in_threadpool(jobs.find, id)
-        return StreamingResponse(_events(jobs, id), media_type="text/event-stream")
+        return StreamingResponse(_events(jobs, id), media_type="text/event-stream", headers=UNCACHED)
 
 
 def _check_evaluation(engine: Engine, body: schemas.EvaluationIn, settings: Settings) -> None:
@@ -274,7 +278,7 @@ def _check_evaluation(engine: Engine, body: schemas.EvaluationIn, settings: Sett
     if (body.source is None) == (body.queries is None or body.qrels is None):
         raise Invalid("body: expected either source, or queries and qrels")
     if body.source is not None:
-        source_below(settings, body.source)
+        judgments(source_below(settings, body.source), body.split)
         return
     ids = [query.id for query in body.queries or ()]
     if len(set(ids)) < len(ids):
@@ -314,6 +318,8 @@ def _embedded(home: Home, body: schemas.EmbeddingsIn) -> dict[str, Any]:
     for i, item in enumerate(items):
         if not encoder.handles(item):
             raise Invalid(f"input[{i}]: holds nothing to encode", f"input[{i}]")
+    if body.dimensions not in (None, encoder.dim):
+        raise Invalid(f"dimensions: got {body.dimensions}, this model has {encoder.dim}", "dimensions")
     vectors = encoder.encode_queries(items)
     as_text = body.encoding_format == "base64"
     data = [base64.b64encode(v.astype("<f4").tobytes()).decode() if as_text else v.tolist() for v in vectors]

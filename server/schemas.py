@@ -299,6 +299,8 @@ class CollectionShort(BaseModel):
     collection: str
     documents: int
     generation: int
+    spaces: dict[str, dict[str, Any]] = Field(description="space -> dimension and encoder digests")
+    index: dict[str, Any] = Field(description="kinds, bytes per vector, measured recall, state of each derived part")
 
 
 class CollectionList(BaseModel):
@@ -310,8 +312,6 @@ class CollectionInfo(CollectionShort):
 
     sequence: int = Field(description="publish number within the generation")
     config: dict[str, Any]
-    spaces: dict[str, dict[str, Any]] = Field(description="space -> dimension and encoder digests")
-    index: dict[str, Any] = Field(description="kinds, bytes per vector, measured recall, state of each derived part")
     weights: dict[str, dict[str, float]] = Field(description="kind of query -> leg -> weight")
     tuned: list[str]
     calibrated: list[str]
@@ -328,6 +328,7 @@ class EmbeddingsIn(Strict):
         | Annotated[list[Annotated[str, Field(max_length=MAX_TEXT)]], Field(min_length=1, max_length=2048)]
     )
     encoding_format: Literal["float", "base64"] = "float"
+    dimensions: Annotated[int, Field(ge=1)] | None = Field(None, description="those of the model, no others")
     user: str | None = None
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import numpy as np
 import pytest
 from fastapi.testclient import TestClient
 
@@ -21,7 +22,7 @@ from encoders.images import read_picture
 from retrieval.files import read_source
 from retrieval.request import Request, RequestPart
 from retrieval.types import Document
-from server.assemble import Config
+from server.assemble import Config, Models
 from server.batching import Searches
 from server.home import silent
 from server.problems import Refused
@@ -190,12 +191,36 @@ def test_collections_are_made_described_and_dropped(client: TestClient) -> None:
     refused(client.put("/v1/collections/paths", json={"text_encoder": "/etc/passwd"}), 422, "text_encoder")
     assert client.delete("/v1/collections/new").status_code == 204
     refused(client.delete("/v1/collections/new"), 404)
+    assert client.put("/v1/collections/new").json()["documents"] == 0
+    told = client.get("/v1/collections").json()["collections"][0]
+    assert told["spaces"]["text"]["dim"] == 16
+    assert told["index"]["spaces"]["text"]["sides"]["text"]["recall"] == 1.0
+
+
+def test_an_ontology_that_there_is_not_is_refused_when_a_collection_is_made(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FakeModels, "linker", Models.linker)
+    refused(client.put("/v1/collections/new", json={"ontology": "no-such"}), 404)
+    refused(client.get("/v1/collections/new"), 404)
+
+
+def test_methods_of_a_path_are_told_and_head_is_get_without_a_body(client: TestClient) -> None:
+    refused(client.patch(FILMS), 405)
+    assert client.patch(FILMS).headers["allow"] == "DELETE, GET, PUT"
+    for path in ("/", "/livez", FILMS):
+        assert client.head(path).status_code == 200
 
 
 def test_embeddings_have_the_openai_shape(client: TestClient) -> None:
     body = client.post("/v1/embeddings", json={"input": ["left effusion", "heart"], "model": "films"}).json()
     assert [len(item["embedding"]) for item in body["data"]] == [16, 16]
     refused(client.post("/v1/embeddings", json={"input": ["heart", " "], "model": "films"}), 422, "input[1]")
+    refused(client.post("/v1/embeddings", json={"input": [1, 2], "model": "films"}), 422, "input")
+    asked = {"input": "heart", "model": "films", "encoding_format": "base64", "dimensions": 16}
+    [item] = client.post("/v1/embeddings", json=asked).json()["data"]
+    assert np.frombuffer(base64.b64decode(item["embedding"]), "<f4").shape == (16,)
+    refused(client.post("/v1/embeddings", json={**asked, "dimensions": 8}), 422, "dimensions")
 
 
 # --- bad input ------------------------------------------------------------------------------------
@@ -216,6 +241,7 @@ def test_embeddings_have_the_openai_shape(client: TestClient) -> None:
         ({"query": [{"text": "x"}], "cursor": "stale"}, 422, "cursor"),
         ({"query": [{"text": "x"}], "retriever": "magic"}, 422, "retriever"),
         ({"query": [{"text": "x"}], "min_confidence": 2}, 422, "min_confidence"),
+        ({"query": [{"text": "x"}], "fusion": {"weights": {"lexical": 0}}}, 422, "fusion.weights"),
         ({"query": "x"}, 422, "query"),
         ([], 422, None),
     ],
@@ -498,6 +524,7 @@ def test_sources_of_the_configured_folder_are_evaluated_and_added(
         assert added["errors"] == ["line 2: no _id, or an empty one"]
         assert measured["result"]["results"]["lexical"]["RR@10"] == 1.0
         refused(client.post(f"{FILMS}/ingestions", json={"source": "../more"}), 404, "source")
+        refused(client.post(f"{FILMS}/evaluations", json={"source": "more", "split": "none"}), 404)
 
 
 def ended(client: TestClient, id: str) -> Any:
@@ -512,7 +539,7 @@ def test_cursors_are_pinned_to_their_query_their_snapshot_and_their_collection(c
         client.post(f"{FILMS}/documents", json=[{"_id": f"n{n}", "text": "a heart"}])
         ask(client)
     refused(ask(client, k=1, cursor=cursor), 410, "cursor")
-    forged = base64.urlsafe_b64encode(b'[1, 1, "x", -5]').decode()
+    forged = base64.urlsafe_b64encode(b'[1, 1, "x", "y", -5]').decode()
     refused(ask(client, cursor=forged), 422, "cursor")
 
 

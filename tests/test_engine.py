@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -141,6 +143,26 @@ def test_deleted_documents_vanish_from_later_pages_and_the_rest_keep_their_order
         pages += ids(answer)
     removed = {f"{n:02}" for n in gone}
     assert pages == long[:k] + [id for id in long[k:] if id not in removed]
+
+
+def test_later_pages_are_ranked_and_judged_as_the_first_was() -> None:
+    e = engine([Document(id=f"{n:02}", text=shuffled(n)) for n in range(40)])
+    request = ask(" ".join(shuffled(3).split()[:8]), k=40)
+    long = e.search(request)
+    cursor = e.search(replace(request, k=10))["cursor"]
+    learned = e.parts._replace(weights={"text": {"dense": 1.0}}, calibrations=calibrate(e))
+    later = replace(e, parts=learned)  # what a home assembles when weights or calibrations were learned anew
+    assert later.search(request)["hits"] != long["hits"]
+    assert later.search(replace(request, cursor=cursor))["hits"] == long["hits"][10:]
+    mixed = later.search_many([request, replace(request, cursor=cursor)])
+    assert [len(answer["hits"]) for answer in mixed] == [40, 30]
+
+
+def test_a_part_of_weight_zero_says_nothing() -> None:
+    e = engine()
+    silent = RequestPart(text="edema", weight=0)
+    assert e.search(Request(query=[silent]))["hits"] == []
+    assert e.search(Request(query=[*ask().query, silent]))["hits"] == e.search(ask())["hits"]
 
 
 def test_a_cursor_of_another_query_is_refused() -> None:

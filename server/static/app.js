@@ -1,8 +1,9 @@
 // The page: one box for words, pictures and stored documents; chips for facets; two retrievers side by side.
 
 import { collection, get, Problem, post } from "./api.js";
-import { element, hitCard } from "./hits.js";
+import { element, hitPair } from "./hits.js";
 import { startJobs } from "./jobs.js";
+import { openViewer } from "./viewer.js";
 
 const $ = (id) => document.getElementById(id);
 const PAGE = 12;
@@ -27,8 +28,8 @@ function query() {
   return parts;
 }
 
-function where() {
-  const clauses = [...state.filters].filter(([, values]) => values.size).map(([field, values]) => ({ [field]: { $in: [...values] } }));
+function where(except) {
+  const clauses = [...state.filters].filter(([field, values]) => values.size && field !== except).map(([field, values]) => ({ [field]: { $in: [...values] } }));
   return clauses.length ? { $and: clauses } : null;
 }
 
@@ -46,23 +47,33 @@ async function search() {
   say("Searching…");
   try {
     const path = `${collection($("collection").value)}/search`;
-    const answers = await Promise.all(retrievers.map((name) => post(path, body(name, null))));
+    const asked = retrievers.map((name) => post(path, body(name, null)));
+    const [counts, ...answers] = await Promise.all([filteredCounts(path, retrievers[0]), ...asked]);
     if (mine !== state.request) return; // a later search has begun
-    show(retrievers, answers);
+    show(retrievers, answers, counts);
   } catch (error) {
     if (mine === state.request) fail(error);
   }
 }
 
-function show(retrievers, answers) {
-  const results = $("results");
-  results.replaceChildren();
-  state.columns = retrievers.map((retriever, i) => ({ retriever, cursor: answers[i].cursor, list: element("ul", { class: "hits" }) }));
-  if (retrievers.length > 1) {
-    results.append(element("div", { class: "columns" }, ...state.columns.map((column) => element("div", {}, element("h2", {}, column.retriever), column.list))));
-  } else results.append(state.columns[0].list);
+// What a filtered field would count without its own filter: how else could a second value be chosen?
+async function filteredCounts(path, retriever) {
+  const fields = [...state.filters].filter(([, values]) => values.size).map(([field]) => field);
+  const lean = { k: 1, fields: [], highlight: false };
+  const answers = fields.map((field) => post(path, { ...body(retriever, null), ...lean, where: where(field), facets: [field] }));
+  return Object.assign({}, ...(await Promise.all(answers)).map((answer) => answer.facets));
+}
+
+function show(retrievers, answers, counts) {
+  state.columns = retrievers.map((retriever) => new Column(retriever));
+  const several = retrievers.length > 1;
+  const shown = state.columns.map(({ retriever, wall, list }) =>
+    element("div", { class: several ? "column" : "column alone" }, several ? element("h2", {}, retriever) : null, wall, list));
+  $("results").replaceChildren(element("div", { class: several ? "columns" : "" }, ...shown));
+  $("start").hidden = true;
   state.columns.forEach((column, i) => append(column, answers[i]));
-  facets(answers[0].facets);
+  facets({ ...answers[0].facets, ...counts });
+  legend(answers);
   const { total, took_ms: took, exact, recall } = answers[0];
   const sure = exact ? "exact" : `approximate, measured recall ${recall.toFixed(3)}`;
   say(total.value
@@ -70,9 +81,32 @@ function show(retrievers, answers) {
     : "Nothing relevant was found. Fewer filters, other words or a lower threshold may help.");
 }
 
+// The hits of one retriever: films on a light box, reports beside it.
+class Column {
+  constructor(retriever) {
+    this.retriever = retriever;
+    this.hits = [];
+    this.wall = element("div", { class: "wall", role: "group", "aria-label": "Films", hidden: true });
+    this.list = element("ul", { class: "hits" });
+  }
+
+  add(hit) {
+    this.hits.push(hit);
+    const { card, sheet } = hitPair(hit, this.hits.length, this.hits[0].score, { like, add, view: () => this.view(hit) });
+    this.list.append(card);
+    if (sheet) this.wall.append(sheet);
+    this.wall.hidden = !this.wall.childElementCount;
+  }
+
+  view(hit) {
+    const films = this.hits.filter((each) => each.image_url);
+    openViewer(films, films.indexOf(hit), { like });
+  }
+}
+
 function append(column, answer) {
   column.cursor = answer.cursor;
-  column.list.append(...answer.hits.map((hit) => hitCard(hit, { like, add })));
+  for (const hit of answer.hits) column.add(hit);
   $("more").hidden = !state.columns.some((each) => each.cursor);
 }
 
@@ -87,6 +121,15 @@ async function more() {
   } finally {
     $("more").disabled = false;
   }
+}
+
+function legend(answers) {
+  const legs = new Set(answers.flatMap((answer) => answer.hits.flatMap((hit) => Object.keys(hit.parts))));
+  $("legend").replaceChildren(...(legs.size < 2 ? [] : [...legs].map((leg) => {
+    const dot = element("span", { class: "dot", "aria-hidden": "true" });
+    dot.style.background = `var(--${leg}, var(--glow))`;
+    return element("span", {}, dot, leg);
+  })));
 }
 
 function like(hit) {
@@ -169,8 +212,9 @@ function openCollection() {
   state.filters.clear();
   state.parts = [];
   drawParts();
-  for (const id of ["facets", "results"]) $(id).replaceChildren();
+  for (const id of ["facets", "results", "legend"]) $(id).replaceChildren();
   $("more").hidden = true;
+  $("start").hidden = false;
   state.opened = opening();
   return state.opened;
 }
@@ -182,7 +226,8 @@ async function opening() {
   $("retriever").replaceChildren(...legs.map((leg) => element("option", { value: leg, selected: leg === "hybrid" }, leg)));
   $("beside").replaceChildren(element("option", { value: "" }, "nothing"), ...legs.map((leg) => element("option", { value: leg }, leg)));
   state.fields = info.facets.slice(0, MAX_FACETS);
-  say(`${info.documents} documents. Type, drop a picture, or paste one.`);
+  $("examples").hidden = !legs.includes("ontology");
+  say(`${info.documents} documents in ${name}.`);
 }
 
 async function start() {
@@ -221,6 +266,13 @@ $("sure").addEventListener("input", () => { $("sure").ariaValueText = $("sure-va
 $("sure").addEventListener("change", () => { if (query().length) search(); });
 $("more").addEventListener("click", more);
 $("collection").addEventListener("change", () => openCollection().catch(fail));
+for (const example of document.querySelectorAll("#examples button")) {
+  example.addEventListener("click", () => { $("text").value = example.textContent; search(); });
+}
+document.addEventListener("keydown", (event) => {
+  const writing = /^(INPUT|TEXTAREA|SELECT)$/.test(event.target.tagName) || document.querySelector("dialog[open]");
+  if (event.key === "/" && !writing && !$("view-search").hidden) { event.preventDefault(); $("text").focus(); }
+});
 document.addEventListener("paste", (event) => {
   const file = [...(event.clipboardData?.files || [])].find((each) => each.type.startsWith("image/"));
   if (file) { event.preventDefault(); addFile(file); }

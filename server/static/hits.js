@@ -13,29 +13,36 @@ export function element(tag, attributes = {}, ...children) {
   return node;
 }
 
-export function hitCard(hit, actions) {
-  const card = element("li", { class: hit.image_url ? "hit" : "hit words" });
-  if (hit.image_url) card.append(film(hit));
+// A hit as a film for the light box (null where it has no picture) and as a card for the list beside it.
+export function hitPair(hit, rank, best, actions) {
   const why = element("div", { class: "why", hidden: true }, whyTable(hit));
-  const toggle = element("button", { type: "button", "aria-expanded": "false", onclick: () => {
+  const toggle = element("button", { type: "button", class: "quiet", "aria-expanded": "false", onclick: () => {
     why.hidden = !why.hidden;
     toggle.setAttribute("aria-expanded", String(!why.hidden));
   } }, "Why this hit");
+  const card = element("li", { class: "hit" },
+    element("span", { class: "rank", "aria-hidden": "true" }, String(rank)),
+    element("div", { class: "body" }, ...report(hit), metadata(hit.metadata || {}), bar(hit.parts, best),
+      element("div", { class: "actions" },
+        element("button", { type: "button", onclick: () => actions.like(hit) }, "More like this"),
+        element("button", { type: "button", class: "quiet", onclick: () => actions.add(hit, 0.5) }, "Add to query"),
+        element("button", { type: "button", class: "quiet", onclick: () => actions.add(hit, -0.3) }, "Less like this"),
+        toggle,
+        element("span", { class: "score" }, scoreLine(hit)))),
+    why);
+  const sheet = hit.image_url ? film(hit, rank, actions) : null;
+  if (sheet) lightTogether(card, sheet);
+  return { card, sheet };
+}
+
+// Title, id and words of a hit, with what was asked for and what was found marked.
+export function report(hit) {
   const text = marked(hit.text || "", hit.highlights.text || [], hit.findings);
-  const body = element("div", {},
+  return [
     element("h3", {}, marked(hit.title || hit.id, hit.title ? hit.highlights.title || [] : [], [])),
     hit.title ? element("div", { class: "id" }, hit.id) : null,
     text.childNodes.length ? longText(text) : null,
-    metadata(hit.metadata || {}),
-    bar(hit.parts),
-    element("div", { class: "actions" },
-      element("button", { type: "button", onclick: () => actions.like(hit) }, "More like this"),
-      element("button", { type: "button", onclick: () => actions.add(hit, 0.5) }, "Add to query"),
-      element("button", { type: "button", onclick: () => actions.add(hit, -0.3) }, "Less like this"),
-      toggle,
-      element("span", { class: "score" }, scoreLine(hit))));
-  card.append(body, why);
-  return card;
+  ].filter(Boolean);
 }
 
 function scoreLine(hit) {
@@ -44,18 +51,20 @@ function scoreLine(hit) {
   return `score ${hit.score.toFixed(3)}${sure}${group}`;
 }
 
-function film(hit) {
-  const img = element("img", { alt: `Picture of ${hit.title || hit.id}`, loading: "lazy" });
+function film(hit, rank, actions) {
+  const img = element("img", { alt: "" });
   picture(img, `${hit.image_url}?size=336`);
-  return element("button", { type: "button", class: "film", "aria-label": `Enlarge the picture of ${hit.title || hit.id}`, onclick: () => enlarge(hit) }, img);
+  return element("button", { type: "button", class: "film", "aria-label": `Film ${rank}: ${hit.title || hit.id}`, onclick: () => actions.view(hit) },
+    img, element("span", { class: "rank", "aria-hidden": "true" }, String(rank)));
 }
 
-function enlarge(hit) {
-  const img = element("img", { alt: `Picture of ${hit.title || hit.id}` });
-  picture(img, hit.image_url);
-  const dialog = element("dialog", { class: "light", "aria-label": hit.title || hit.id, onclick: () => dialog.close(), onclose: () => dialog.remove() }, img);
-  document.body.append(dialog);
-  dialog.showModal();
+// Whoever points at a film sees which report is its own, and the other way round.
+function lightTogether(card, sheet) {
+  for (const [one, other] of [[card, sheet], [sheet, card]]) {
+    for (const [event, lit] of [["pointerenter", true], ["pointerleave", false], ["focusin", true], ["focusout", false]]) {
+      one.addEventListener(event, () => { for (const each of [one, other]) each.classList.toggle("lit", lit); });
+    }
+  }
 }
 
 function longText(text) {
@@ -105,11 +114,12 @@ function link(value) {
   return element("a", { href: value, target: "_blank", rel: "noopener noreferrer" }, new URL(value).hostname);
 }
 
-function bar(parts) {
+// What each leg gave, against the best hit's score: the raw scores of a leg alone know no 1.
+function bar(parts, best) {
   const node = element("div", { class: "bar", "aria-hidden": "true" });
   for (const [leg, share] of Object.entries(parts)) {
     const piece = element("i", { title: leg });
-    piece.style.width = `${Math.max(0, Math.min(1, share.weight * share.normalised)) * 100}%`;
+    piece.style.width = `${Math.max(0, Math.min(1, share.weight * share.normalised / Math.max(best, 1e-9))) * 100}%`;
     piece.style.background = `var(--${leg}, var(--glow))`;
     node.append(piece);
   }

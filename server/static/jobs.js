@@ -35,8 +35,10 @@ async function refresh() {
   $("running").hidden = !running;
   $("running").textContent = running;
   $("jobs").replaceChildren(...(jobs.length ? jobs.slice(0, 30).map(jobCard) : [element("p", { class: "hint" }, "No job yet.")]));
-  const last = jobs.find((job) => job.kind === "evaluation" && job.collection === chosen());
-  if (last) $("evaluation").replaceChildren(last.state === "done" ? evaluation(last) : jobCard(last));
+  const mine = jobs.filter((job) => job.kind === "evaluation" && job.collection === chosen());
+  const measured = mine.find((job) => job.state === "done");
+  const shown = [mine[0] && mine[0] !== measured ? jobCard(mine[0]) : null, measured ? evaluation(measured) : null];
+  $("evaluation").replaceChildren(...shown.filter(Boolean));
   return running;
 }
 
@@ -77,11 +79,11 @@ function evaluation(job) {
   return element("div", {},
     element("h2", {}, `${job.collection}, ${split}: ${queries} queries`),
     element("table", {}, element("thead", {}, head), element("tbody", {}, ...rows)),
-    plot(names, measures[0], results, intervals));
+    element("div", { class: "plots" }, ...measures.map((measure) => plot(names, measure, results, intervals))));
 }
 
 function plot(names, measure, results, intervals) {
-  const row = 26, left = 110, width = 640;
+  const row = 26, left = 96, width = 460;
   const x = (value) => left + value * (width - left - 60);
   const node = (tag, attributes, text) => {
     const made = document.createElementNS(SVG, tag);
@@ -97,6 +99,6 @@ function plot(names, measure, results, intervals) {
       node("line", { x1: x(low), x2: x(high), y1: y + 8, y2: y + 8, stroke: "currentColor", "stroke-width": 2 }),
       node("text", { x: x(Math.max(high, results[name][measure])) + 6, y: y + 13 }, results[name][measure].toFixed(3)));
   });
-  svg.append(node("text", { x: left, y: row * names.length + 22 }, `${measure}, with 95 % intervals`));
+  svg.append(node("text", { x: left, y: row * names.length + 22, class: "title" }, `${measure}, with 95 % intervals`));
   return svg;
 }
