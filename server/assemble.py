@@ -10,16 +10,14 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, cast
+from typing import Any, Generic, Literal, TypeVar, cast
 
 from retrieval.engine import Parts
-from retrieval.errors import BackendError, Invalid, NotFound
+from retrieval.errors import BackendError
 from retrieval.ingest import Ingest
 from retrieval.types import Encoder, FindingsScore, ImageSource, Linker, Picture, Prepare, Scorer, SpaceInfo
+from server.backends import Backend, Held, backend_of
 from server.settings import Settings
-
-if TYPE_CHECKING:
-    from indexers.embedded import Embedded
 
 T = TypeVar("T")
 NONE = "none"  # the name that leaves a part out
@@ -85,20 +83,17 @@ class Models:
         self._made: dict[tuple[str | None, ...], Any] = {}
         self._lock = threading.RLock()
 
-    def index(self, folder: Path) -> Embedded:
-        """The index of the collection in `folder`. Raises NotFound where nothing was published."""
-        from indexers.embedded import open_index
+    def backend(self, folder: Path, asked: str | None = None) -> Backend:
+        """Where the collection in `folder` lives, or is to live."""
+        return backend_of(folder, self.settings, asked)
 
-        return open_index(folder)
+    def index(self, folder: Path) -> Held:
+        """The index of the collection in `folder`. Raises NotFound where nothing was published."""
+        return self.backend(folder).open()
 
     def published(self, folder: Path) -> bool:
         """True where a search could start: there is a published generation, whatever its state."""
-        from indexers.embedded import current
-
-        try:
-            return current(folder) > 0
-        except NotFound:
-            return False
+        return self.backend(folder).published()
 
     def parts(self, config: Config, weights: Weights) -> Parts:
         """What a collection of this config is assembled from."""
@@ -243,12 +238,6 @@ def lazily(make: Callable[[], T]) -> T:
 def shipped_weights() -> Weights:
     """Fusion weights learned on SciFact train and iu_xray train together."""
     return cast(Weights, json.loads(SHIPPED_WEIGHTS.read_text()))
-
-
-def check_backend(backend: str) -> None:
-    """Raises Invalid for a backend that there is not."""
-    if backend != "embedded":
-        raise Invalid(f"--backend: got '{backend}', expected 'embedded', the only backend there is", "backend")
 
 
 def _settled(name: str | None) -> str | None:

@@ -71,7 +71,9 @@ def index(
     image_encoder: Annotated[str | None, typer.Option(metavar="NAME|PATH|none")] = None,
     reranker: Annotated[str | None, typer.Option(metavar="NAME|PATH")] = None,
     ontology: Annotated[str | None, typer.Option(metavar="chest|PATH|none")] = None,
-    backend: Annotated[str, typer.Option(metavar="embedded|URL")] = "embedded",
+    backend: Annotated[
+        str | None, typer.Option(metavar="embedded|URL", help="Default: where it lives; a new one embedded.")
+    ] = None,
     vector_index: Spec = None,
     frames: Annotated[str, typer.Option(help="Of a multi-frame DICOM file: middle or all.")] = "middle",
     shard: Annotated[
@@ -81,10 +83,12 @@ def index(
     columns: Mapped = None,
 ) -> None:
     """Make COLLECTION equal to SOURCE, as a new generation."""
-    from server.assemble import Config, check_backend
+    from server.assemble import Config
+    from server.backends import check_backend
     from server.home import usable
 
-    check_backend(backend)
+    if backend is not None:
+        check_backend(backend)
     if frames not in ("middle", "all"):
         raise Invalid(f"--frames: got '{frames}', expected middle or all")
     part = _shard(shard)
@@ -99,7 +103,7 @@ def index(
     documents = _source(source, columns)
     with terminal.progress(_lines(source)) as progress:
         items = usable(documents.documents(), source.name)
-        done = _home().index(collection, items, config, progress=progress, strict=strict, shard=part)
+        done = _home().index(collection, items, config, progress=progress, strict=strict, shard=part, backend=backend)
     say(f"shard {shard} is encoded" if part else f"collection {collection}: {_summary(done)}")
 
 

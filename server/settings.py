@@ -50,7 +50,10 @@ class Settings(BaseSettings):
 
     # Elasticsearch
     es_api_key: SecretStr | None = None
+    es_user: str | None = None  # instead of a key
+    es_password: SecretStr | None = None
     es_ca: Path | None = None  # certificate authority of the cluster, PEM
+    es_shards: int = Field(1, gt=0, le=1024)  # of a new generation: about one for every 30 GB
 
     @field_validator("api_keys", mode="before")
     @classmethod
@@ -61,6 +64,11 @@ class Settings(BaseSettings):
     @classmethod
     def _hosts(cls, value: object) -> object:
         return _listed(value) if isinstance(value, str) else value
+
+    @property
+    def es_secrets(self) -> tuple[SecretStr | None, SecretStr | None]:
+        """The key and the password of the cluster."""
+        return self.es_api_key, self.es_password
 
     @property
     def collections(self) -> Path:

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from retrieval.errors import BackendError, InputError, Invalid
-from server.assemble import Config, Models, check_backend, lazily, shipped_weights
+from server.assemble import Config, Models, lazily, shipped_weights
+from server.backends import check_backend
 from server.settings import Settings, load
 
 
@@ -85,8 +86,9 @@ def test_shipped_weights_know_every_kind_of_query() -> None:
 
 def test_a_backend_that_there_is_not_is_refused() -> None:
     check_backend("embedded")
-    with pytest.raises(Invalid, match="got 'https://host:9200', expected 'embedded'"):
-        check_backend("https://host:9200")
+    check_backend("https://host:9200")
+    with pytest.raises(Invalid, match="got 'elastic', expected 'embedded' or a URL"):
+        check_backend("elastic")
 
 
 KEY = "reader:read:" + "a" * 64

@@ -242,7 +242,7 @@ def write_labels(path: Path) -> Path:
         (["search", "films", "--report", "no.txt"], "--report: no file 'no.txt'"),
         (["index", "films", "nowhere"], "nowhere"),
         (["index", "films", "source", "--vector-index", "magic"], "magic"),
-        (["index", "films", "source", "--backend", "http://localhost:9200"], "expected 'embedded'"),
+        (["index", "films", "source", "--backend", "localhost:9200"], "expected 'embedded' or a URL"),
         (["index", "films", "source", "--shard", "3/2"], "expected I/N"),
         (["index", "films", "source", "--frames", "some"], "expected middle or all"),
         (["index", "a/b", "source"], "expected up to 64 letters"),
