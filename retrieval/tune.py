@@ -43,8 +43,9 @@ def judged(
         scores = np.zeros((len(ids), len(legs)), np.float32)
         for column, (leg, run) in enumerate(legs.items()):
             share = (understood or {}).get(leg, {}).get(query, 1.0)
-            for id, value in minmax(run[query]).items() if run.get(query) else ():
-                scores[place[id], column] = value * share
+            if found := run.get(query):
+                rows = [place[hit.id] for hit in found]
+                scores[rows, column] = minmax(np.array([hit.score for hit in found])) * share
         gains = np.array([max(grades.get(id, 0), 0) for id in ids], np.float32)
         out.append(Judged(scores, gains, ideal))
     return out
