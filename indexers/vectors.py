@@ -16,8 +16,10 @@ import json
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import repeat
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,13 +33,16 @@ from indexers.scan import TIE, Chunks, Numbers, Scores, Stored, nearest, threads
 from indexers.specs import Spec as Spec
 from indexers.specs import parse_spec as parse_spec
 from retrieval.errors import BackendError, Conflict, Invalid
-from retrieval.types import Hit, Matrix, Progress, Ranking
+from retrieval.types import Hit, Matrix, Progress, Ranking, Share
 
 faiss: Any = untyped_faiss  # its stubs lack half of what it has
 
 BUILD_THREADS = 2
 
 Mask = NDArray[np.bool_]
+
+_NO_PARTS: Mapping[str, Share] = {}
+_as_hit: Any = partial(tuple.__new__, Hit)  # up to a thousand a query: without a Python frame for each
 
 # What a search costs, in rows that an exact scan reads in the same time: a graph search visits
 # some 15 rows for each entry of its queue, all over the memory.
@@ -314,44 +319,58 @@ def merge(sides: Sequence[tuple[Found, NDArray[np.integer[Any]]]], ids: Sequence
         return []
     exact = all(found.exact for found, _ in sides)
     recall = min(found.recall for found, _ in sides)
-    return [Ranking(_hits(sides, query, ids, k), exact, recall) for query in range(len(sides[0][0].scores))]
+    scores, rows = _one_side(*sides[0]) if len(sides) == 1 else _several_sides(sides)
+    with np.errstate(invalid="ignore"):  # padding less padding
+        close = scores[:, :-1] - scores[:, 1:] <= TIE  # with the next one
+    tied = close.any(axis=1).tolist()
+    return [
+        Ranking(_hits(some, values, close[query] if tied[query] else None, ids, k), exact, recall)
+        for query, (some, values) in enumerate(zip(rows.tolist(), scores.tolist(), strict=True))
+    ]
 
 
-def _hits(
-    sides: Sequence[tuple[Found, NDArray[np.integer[Any]]]], query: int, ids: Sequence[str], k: int
-) -> list[Hit]:
-    if len(sides) == 1:  # best first already
-        [(found, row_of)] = sides
-        scores, rows = found.scores[query], _rows_of(found.numbers[query], row_of)
-    else:
-        scores = np.concatenate([found.scores[query] for found, _ in sides])
-        rows = np.concatenate([_rows_of(found.numbers[query], row_of) for found, row_of in sides])
-        order = np.argsort(-scores, kind="stable")
-        # A document's first appearance is its best vector.
-        order = order[np.sort(np.unique(rows[order], return_index=True)[1])]
-        scores, rows = scores[order], rows[order]
-    names = [ids[row] for row in rows.tolist() if row >= 0]  # padding comes last
-    return list(map(Hit, *_tied_by_id(names, scores[: len(names)].tolist(), k)))
+def _one_side(found: Found, row_of: NDArray[np.integer[Any]]) -> tuple[Scores, Numbers]:
+    """(Q, W) scores, best first, and document rows, padded as `Found` is."""
+    return found.scores, _rows_of(found.numbers, row_of)
+
+
+def _several_sides(sides: Sequence[tuple[Found, NDArray[np.integer[Any]]]]) -> tuple[Scores, Numbers]:
+    """The same of several sides together: a document's best vector stays, its others become padding at the end."""
+    scores = np.concatenate([found.scores for found, _ in sides], axis=1)
+    rows = np.concatenate([_rows_of(found.numbers, row_of) for found, row_of in sides], axis=1)
+    order = np.argsort(-scores, axis=1, kind="stable")
+    scores, rows = np.take_along_axis(scores, order, 1), np.take_along_axis(rows, order, 1)
+    for query, held in enumerate(rows):
+        firsts = np.sort(np.unique(held, return_index=True)[1])  # a document's first appearance is its best vector
+        firsts = firsts[held[firsts] >= 0]
+        best, count = (scores[query, firsts], held[firsts]), len(firsts)
+        scores[query, :count], rows[query, :count] = best
+        scores[query, count:], rows[query, count:] = -np.inf, -1
+    return scores, rows
+
+
+def _hits(rows: list[int], values: list[float], close: Mask | None, ids: Sequence[str], k: int) -> list[Hit]:
+    """The first k; runs of scores within 1e-6 of their first are ordered by id."""
+    if rows and rows[-1] < 0:  # padding comes last
+        rows = rows[: rows.index(-1)]
+    names = [ids[row] for row in rows]
+    end = 0
+    for start in np.flatnonzero(close[: min(k, len(names))]).tolist() if close is not None else ():
+        if start < end:
+            continue
+        end = start + 1
+        while end < len(names) and values[start] - values[end] <= TIE:
+            end += 1
+        tied = sorted(zip(names[start:end], values[start:end], strict=True))
+        names[start:end], values[start:end] = [name for name, _ in tied], [value for _, value in tied]
+    names = names[:k]
+    return list(map(_as_hit, zip(names, values[: len(names)], repeat(_NO_PARTS))))
 
 
 def _rows_of(numbers: Numbers, rows: NDArray[np.integer[Any]]) -> Numbers:
-    if not len(numbers):
-        return numbers
+    if not len(rows):
+        return np.full_like(numbers, -1)
     return np.where(numbers < 0, -1, rows[numbers])
-
-
-def _tied_by_id(names: list[str], values: list[float], k: int) -> tuple[list[str], list[float]]:
-    """The first k of both, where runs of scores within 1e-6 of their first are ordered by name."""
-    start = 0
-    while start < min(k, len(values)):
-        stop = start + 1
-        while stop < len(values) and values[start] - values[stop] <= TIE:
-            stop += 1
-        if stop - start > 1:
-            tied = sorted(zip(names[start:stop], values[start:stop], strict=True))
-            names[start:stop], values[start:stop] = [name for name, _ in tied], [value for _, value in tied]
-        start = stop
-    return names[:k], values[:k]
 
 
 def _checked(queries: Matrix | None, stored: Stored) -> Matrix | None:

@@ -177,6 +177,7 @@ def check_pages(paged: Any, asked: dict[str, Any], k: int, events: list[str]) ->
     client, home, fresh = paged
     client.post(f"{FILMS}/documents", json=many(0, 60))  # what an earlier example removed
     long = client.post(f"{FILMS}/search", json={**asked, "k": 1000}).json()
+    assert "hits" in long, long
     expected = [hit["id"] for hit in long["hits"]]
     scores = {hit["id"]: hit["score"] for hit in long["hits"]}
     found: list[str] = []
