@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,33 +45,55 @@ class Engine:
         raise NotImplementedError
 
 
+class _Given:
+    """The half of ingest that computes, where the vectors are there already: documents are named by their rows."""
+
+    digest = "given"
+
+    def __init__(self, vectors: Array) -> None:
+        self.vectors = vectors
+
+    def __call__(self, documents: Any) -> Any:
+        from retrieval.types import Encoded, Prepared
+
+        rows = np.array([int(document.id) for document in documents])
+        encoded = Encoded(np.arange(len(rows)), np.ascontiguousarray(self.vectors[rows]))
+        return Prepared(list(documents), {("text", "text"): encoded}, [])
+
+
+def collection(folder: Path, vectors: Array, metas: Iterable[dict[str, Any]], kind: str) -> None:
+    """A whole collection of ours, store and all, with `vectors` as they are."""
+    from indexers.rebuild import build
+    from retrieval.types import Document, SpaceInfo
+
+    build(
+        folder,
+        (Document(id=f"{row:08d}", meta=meta) for row, meta in enumerate(metas)),
+        _Given(vectors),
+        config={},
+        spaces={"text": SpaceInfo("text", vectors.shape[1], {"text": "given"})},
+        vector_index=kind,
+        progress=lambda *_: None,
+    )
+
+
 class Lightbox(Engine):
     settings = (None,)
 
     def build(self, vectors: Array, price: Array) -> None:
-        from indexers.columns import Columns
-        from indexers.vectors import SideIndex, parse_spec
-
-        SideIndex.build([vectors], parse_spec(self.kind), lambda *_: None).save(self.store)
-        Columns.build({"price": float(value)} for value in price).save(self.store / "columns")
+        collection(self.store, vectors, ({"price": float(value)} for value in price), self.kind)
 
     def open(self, data: Path) -> None:
-        from indexers.columns import Columns
-        from indexers.vectors import SideIndex, merge
+        from indexers.embedded import open_index
         from retrieval.filters import parse
 
-        self.side = SideIndex.load(self.store, [np.load(data / "vectors.npy", mmap_mode="r")], verify=False)
-        self.columns = Columns.load(self.store / "columns")
-        self.merge, self.parse = merge, parse
-        self.rows = np.arange(len(self.side))
-        self.ids = [f"{number:08d}" for number in range(len(self.side))]
+        self.snapshot, self.parse = open_index(self.store).snapshot(), parse
 
     def search(self, queries: Array, setting: int | None, window: Array | None) -> Any:
-        allowed = None
+        where = None
         if window is not None:
             where = self.parse({"price": {"$gte": float(window[0]), "$lt": float(window[1])}})
-            allowed = self.columns.select(where)
-        rankings = self.merge([(self.side.search(queries, K, allowed), self.rows)], self.ids, K)
+        rankings = self.snapshot.search_vectors("text", queries, K, where, ("text",))
         return [[int(hit.id) for hit in ranking] for ranking in rankings]
 
 
@@ -84,13 +106,15 @@ class Faiss(Engine):
         faiss.omp_set_num_threads(THREADS)
         if self.kind == "flat":
             index = faiss.IndexFlatIP(dim)
+        elif self.kind == "ivfpq":
+            index = faiss.index_factory(dim, "OPQ48,IVF256,PQ48", ip)
         elif self.kind == "hnsw":
             index = faiss.IndexHNSWFlat(dim, LINKS, ip)
         elif self.kind == "hnsw-bin":
             index = faiss.IndexHNSWRaBitQ(dim, LINKS)
         else:
             index = faiss.IndexHNSWSQ(dim, bits[self.kind], LINKS, ip)
-        if self.kind != "flat":
+        if self.kind.startswith("hnsw"):
             index.hnsw.efConstruction = EF_BUILD
         index.train(vectors[:32_768])
         index.add(vectors)
@@ -103,6 +127,8 @@ class Faiss(Engine):
         self.price = np.load(data / "price.npy")
         if self.kind == "flat":
             self.settings = (None,)
+        elif self.kind == "ivfpq":
+            self.settings = (8, 16, 32, 64, 128)
 
     def search(self, queries: Array, setting: int | None, window: Array | None) -> Any:
         self.faiss.omp_set_num_threads(1 if len(queries) == 1 else THREADS)
@@ -111,7 +137,11 @@ class Faiss(Engine):
             selector = self.faiss.IDSelectorBatch(np.flatnonzero((self.price >= window[0]) & (self.price < window[1])))
         if setting is None:
             return self.index.search(queries, K, params=self.faiss.SearchParameters(sel=selector))[1]
-        params = self.faiss.SearchParametersHNSW(efSearch=setting, sel=selector)
+        if self.kind == "ivfpq":
+            lists = self.faiss.SearchParametersIVF(nprobe=setting, sel=selector)
+            params = self.faiss.SearchParametersPreTransform(index_params=lists)
+        else:
+            params = self.faiss.SearchParametersHNSW(efSearch=setting, sel=selector)
         return self.index.search(queries, K, params=params)[1]
 
 
@@ -259,11 +289,11 @@ ENGINES: dict[str, Callable[[Path, str], Engine]] = {
 def _built(engine: Engine, data: Path) -> dict[str, Any]:
     engine.store.mkdir(parents=True, exist_ok=True)
     vectors, price = np.load(data / "vectors.npy", mmap_mode="r"), np.load(data / "price.npy")
-    start = time.perf_counter()
+    start, busy = time.perf_counter(), time.process_time()
     engine.build(np.asarray(vectors), price)
-    seconds = time.perf_counter() - start
+    seconds, busy = time.perf_counter() - start, time.process_time() - busy
     size = sum(path.stat().st_size for path in engine.store.rglob("*") if path.is_file())
-    return {"build_s": seconds, "disk_bytes_per_vector": size / len(vectors)}
+    return {"build_s": seconds, "build_cpu_s": busy, "disk_bytes_per_vector": size / len(vectors)}
 
 
 def _searched(engine: Engine, data: Path) -> dict[str, Any]:
@@ -272,6 +302,8 @@ def _searched(engine: Engine, data: Path) -> dict[str, Any]:
     start = time.perf_counter()
     engine.open(data)
     out: dict[str, Any] = {"open_s": time.perf_counter() - start, "points": [], "filtered": []}
+    opened = _memory()
+    out["opened_mb"] = sum(opened.values()) - sum(before.values())
     for setting in engine.settings:
         point = _timed(partial(_one, engine, setting, queries, None), len(queries))
         start = time.perf_counter()
