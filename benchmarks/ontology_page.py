@@ -28,9 +28,9 @@ def _introduction(found: Mapping[str, Any]) -> str:
 
 `python -m benchmarks.ontology` writes this page. Figures are on the {found["reports"]} unseen reports (the dev part)
 of the Indiana collection; everything that was learned was learned on the other four fifths. Intervals are 95 %
-bootstrap intervals over queries or reports. Neither UMLS nor MIMIC nor RadGraph-XL is used. Documents with equal
-scores are shuffled ten times and the figures averaged, so no tie-break helps. The judges are human MeSH codes, not the
-linker.
+bootstrap intervals over queries or reports. Neither UMLS nor MIMIC nor RadGraph-XL is used. Where documents
+score alike, each place counts what all orders of the ties come to on average, so no tie-break helps. The judges are
+human MeSH codes, not the linker.
 """
 
 

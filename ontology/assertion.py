@@ -296,7 +296,7 @@ class _Sentence:
         verb = next((at for at in range(start, end) if at not in target and self._is_verb(at)), None)
         stated = first in _STATED and not listed and not _LISTING.search(cue.text)
         if opener == "with":
-            return stated
+            return stated or (first in _SIDED and not listed)
         if verb is None:
             return stated
         if verb < target.start:

@@ -72,7 +72,7 @@ def words(text: str, start: int = 0, end: int | None = None) -> list[Word]:
     for match in _WORD.finditer(lowered):
         word, first, last = match[0], match.start() + start, match.end() + start
         stem = _RUN_TOGETHER.get(word)
-        if stem is None and word.endswith(("n't", "n’t")):
+        if stem is None and word[-2:] in ("'t", "’t") and word[-3] == "n":
             stem = {"can't": "can", "won't": "will", "can’t": "can", "won’t": "will"}.get(word, word[:-3])
         if stem is not None:
             found += [Word(stem, first, last), Word("not", first, last)]

@@ -8,6 +8,7 @@ holds the two equal.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from itertools import pairwise
@@ -31,11 +32,12 @@ if TYPE_CHECKING:
 
 Candidates = Callable[[Sequence[str], int], list[list[Candidate]]]
 
-VERSION = 5  # of the rules: raise it when the same tables give other findings
+VERSION = 6  # of the rules: raise it when the same tables give other findings
 LEANING = ("probable", "alternative", "borderline")  # kinds of hedges, see `ontology.labels`
 _PHRASE = 14  # words of a query that is read in everyday words
 _NEIGHBOURS = 10  # names looked at for a misspelled one
 _REMEMBERED = 100_000  # spellings
+_NORMAL = re.compile(r"\b(?:normal|unremarkable|clear|intact|wnl|limits)\b")
 
 
 class Span(NamedTuple):
@@ -250,14 +252,18 @@ def _clauses(words: Sequence[Word]) -> list[range]:
 
 
 def _denied(reading: Reading) -> list[Assertion]:
-    """What a statement of the normal says of the finding: affirmed, it denies it."""
-    return [Assertion.negated if reading.assertion is Assertion.affirmed else Assertion.uncertain]
+    """What a statement of the normal says of the finding: affirmed, it denies it, and so does one more of its kind."""
+    plain = reading.assertion is Assertion.affirmed or _NORMAL.search(reading.cue)
+    return [Assertion.negated if plain else Assertion.uncertain]
 
 
 def _asserted(reading: Reading) -> list[Assertion]:
     """A doubt that leans to presence counts as both: "probable edema", "atelectasis versus infiltrate".
 
-    An index keeps nothing but concepts and assertions, and must tell it from one that leaves all open ("may be").
+    An index keeps nothing but concepts and assertions, and must tell it from one that leaves all open ("may be"), as
+    it must tell what a text says of the past ("history of a mass") from what it says of today.
     """
-    leaning = reading.assertion is Assertion.uncertain and hedge(reading) in LEANING
-    return [reading.assertion, Assertion.affirmed] if leaning else [reading.assertion]
+    kind = hedge(reading)
+    if kind in LEANING:
+        return [reading.assertion, Assertion.affirmed]
+    return [reading.assertion, Assertion.uncertain] if kind == "past" else [reading.assertion]

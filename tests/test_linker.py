@@ -226,6 +226,21 @@ def test_the_shipped_ontology_links_more_than_our_lists(chest: Dictionary) -> No
     assert read(chest, "cervical spine") == []
 
 
+def test_phrasings_are_linked_to_what_they_ask_for(chest: Dictionary) -> None:
+    """As clinicians, patients and researchers type; written to develop the linker, so no measure of it.
+
+    asked: concepts, denied ones with a dash. also: what a link may hold besides.
+    """
+    rows = [line.split("\t") for line in (Path(__file__).parent / "phrasings_dev.tsv").read_text().splitlines()[1:]]
+    misses = []
+    for asked, phrase, also in rows:
+        found = {f"{'-' if sign == '-' else ''}{concept}" for concept, sign in read(chest, phrase)}
+        extra = {concept.removeprefix("-") for concept in found - set(asked.split())}
+        if not set(asked.split()) <= found or not extra <= set(also.split()):
+            misses.append((phrase, asked, found))
+    assert len(misses) <= 0.03 * len(rows), misses
+
+
 def test_queries_are_linked_without_spacy_torch_and_sklearn(chest: Dictionary) -> None:
     code = (
         "import sys; from pathlib import Path; from ontology.linker import load_linker;"
