@@ -34,6 +34,7 @@ BUSY = (429, 502, 503, 504)
 _FIRST_WAIT_S, _MOST_WAIT_S = 0.2, 10.0
 _SEARCHES = 32  # in one request
 _LOST = (
+    "index_not_found_exception",
     "search_context_missing_exception",
     "no_shard_available_action_exception",
     "node_not_connected_exception",

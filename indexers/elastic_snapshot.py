@@ -58,7 +58,6 @@ from retrieval.types import (
 BM25_FACTOR = 2.2  # k1 + 1, which Elasticsearch keeps and Lucene dropped
 MOST = 10_000  # hits of one request, and candidates of a nearest-neighbour search
 _SLACK = 16  # fetched beyond k, so that most ties at the cut are seen at once
-_CANDIDATES = 100  # of a graph search, at least; the queue that walks it is as long
 _EXACT_PART = 5_000  # documents that one request searches exactly; Lucene scans what is fewer than its candidates
 _LOOKED_UP = 1_000  # documents of one request
 
@@ -77,6 +76,7 @@ class ElasticSnapshot:
     recalls: Mapping[str, float]
     pictures: Path | None  # where rendered pictures are kept on this machine
     reopened: Callable[[], bool]  # is this state still the newest of its index?
+    candidates: int = 100  # of a graph search, at least: the queue that walks the graph is as long
     _pit: list[str] = field(default_factory=list, repr=False)
     _guard: threading.Lock = field(default_factory=threading.Lock, repr=False)
     _documents: int = 0
@@ -257,7 +257,7 @@ class ElasticSnapshot:
         if few <= _EXACT_PART:
             return _Nearest(True, few, oversample)
         if not exact:
-            return _Nearest(False, 0, oversample)
+            return _Nearest(False, self.candidates, oversample)
         count = -(-few // _EXACT_PART)
         bounds = [SLOTS * n // count for n in range(count + 1)]
         parts = [[{"range": {"slot": {"gte": a, "lt": b}}}] for a, b in pairwise(bounds)]
@@ -391,8 +391,7 @@ class _Nearest:
         self.exact, self.candidates, self.oversample, self.parts = exact, candidates, oversample, parts
 
     def body(self, asked: Json, size: int) -> Json:
-        wanted = max(size, _CANDIDATES, self.candidates + 1 if self.candidates else int(1.5 * size))
-        candidates = min(wanted, MOST)
+        candidates = min(max(self.candidates + 1, size if self.exact else int(1.5 * size)), MOST)
         knn = {**asked, "k": min(size, candidates), "num_candidates": candidates}
         if self.oversample:
             rescored = self.candidates if self.exact else self.oversample * size

@@ -1,0 +1,195 @@
+"""Elasticsearch beside the embedded index: how fast documents arrive, how fast vectors and words are found.
+
+``python -m benchmarks.elastic [--sizes 10000,100000,1000000] [--home DIR]`` writes docs/bench/elastic.md and .json.
+
+Both run on this machine, one after the other, the server as the tests start it (one node, 512 MB heap). Vectors are
+those of SciFact's documents through the packaged encoder; where a size needs more, the rest are mixtures of two of
+them (weights 0.6 to 0.95 and the rest). Queries are SciFact's claims, one at a time, k = 10. The row of an
+approximate index is its cheapest setting that finds 99 % of the true ten nearest, or its best one. The filter keeps a
+hundredth of the documents.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.collections import data, indexed
+from benchmarks.collections import home as bench_home
+from indexers.elastic import connect
+from indexers.elastic_build import build_elastic, delete_elastic
+from indexers.elastic_index import Place, open_elastic
+from indexers.embedded import open_index
+from indexers.rebuild import build
+from retrieval.files import read_source
+from retrieval.filters import parse
+from retrieval.types import Document, Encoded, Item, Matrix, Prepared, SpaceInfo
+from server.home import Home, silent
+from server.settings import Settings
+from tests.elastic_server import Cluster
+
+OUT = Path("docs/bench/elastic.md")
+KINDS = ("flat", "hnsw-sq8")
+CANDIDATES = (20, 50, 100, 200, 400, 800)
+FILTER = parse({"part": 7})
+K, QUERIES, WANTED = 10, 200, 0.99
+
+
+class Made:
+    """Documents with the vectors that were made for them."""
+
+    digest = "made"
+
+    def __init__(self, matrix: Matrix) -> None:
+        self.matrix = matrix
+
+    def __call__(self, documents: Sequence[Document]) -> Prepared:
+        rows = np.arange(len(documents))
+        return Prepared(
+            list(documents), {("text", "text"): Encoded(rows, self.matrix[[int(d.id) for d in documents]])}, []
+        )
+
+
+class Sources:
+    """Texts, vectors and queries of SciFact, grown to any size."""
+
+    def __init__(self, at: Home) -> None:
+        indexed(at, "scifact", data() / "scifact", pictures=False)
+        snapshot = at.engine("scifact").snapshot()
+        ids = snapshot.sample(len(snapshot))
+        self.info = snapshot.spaces["text"]
+        self.base = snapshot.vectors("text", "text", ids).matrix
+        self.texts = [document.content for document in snapshot.fetch(ids) if document is not None]
+        self.words = [query.parts[0].text for query in read_source(data() / "scifact").queries()][:QUERIES]
+        self.queries = at.text_encoder("scifact").encode_queries([Item(text=text) for text in self.words])
+
+    def vectors(self, size: int) -> Matrix:
+        rng = np.random.default_rng(0)
+        more = max(0, size - len(self.base))
+        share = rng.uniform(0.6, 0.95, (more, 1)).astype(np.float32)
+        left, right = (self.base[rng.integers(0, len(self.base), more)] for _ in range(2))
+        mixed = share * left + (1 - share) * right
+        mixed /= np.linalg.norm(mixed, axis=1, keepdims=True)
+        return np.ascontiguousarray(np.concatenate([self.base, mixed])[:size])
+
+    def documents(self, size: int) -> Iterator[Document]:
+        for n in range(size):
+            yield Document(
+                id=str(n), text=self.texts[n % len(self.texts)], meta={"part": n % 100, "year": 1990 + n % 30}
+            )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sizes", default="10000,100000")
+    parser.add_argument("--home", type=Path)
+    given = parser.parse_args()
+    at = Home(Settings(home=given.home)) if given.home else bench_home()
+    sources, rows = Sources(at), []
+    cluster = Cluster()
+    try:
+        for size in map(int, given.sizes.split(",")):
+            for kind in KINDS:
+                for measure in (embedded, elastic):
+                    rows.append(measure(sources, size, kind, cluster.url))
+                    print(json.dumps(rows[-1]), flush=True)
+                    write(rows)
+    finally:
+        cluster.stop()
+
+
+def embedded(sources: Sources, size: int, kind: str, url: str) -> dict[str, Any]:
+    folder = Path(tempfile.mkdtemp(dir=".bench"))
+    matrix = sources.vectors(size)
+    spaces = {"text": SpaceInfo("text", sources.info.dim, sources.info.digests)}
+    start = time.perf_counter()
+    build(
+        folder, sources.documents(size), Made(matrix), config={}, spaces=spaces, vector_index=kind, progress=silent
+    )  # fmt: skip
+    took = time.perf_counter() - start
+    index = open_index(folder)
+    stored = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    row = measured(index.snapshot(), sources, matrix)
+    index.close()
+    shutil.rmtree(folder)
+    return {"backend": "embedded", "kind": kind, "size": size, "per_s": size / took, "bytes": stored / size, **row}
+
+
+def elastic(sources: Sources, size: int, kind: str, url: str) -> dict[str, Any]:
+    place = Place(connect(url), f"bench-{size}-{kind}", Path(tempfile.mkdtemp()))
+    matrix = sources.vectors(size)
+    spaces = {"text": SpaceInfo("text", sources.info.dim, sources.info.digests)}
+    start = time.perf_counter()
+    build_elastic(
+        place, sources.documents(size), Made(matrix), config={}, spaces=spaces, vector_index=kind, progress=silent
+    )  # fmt: skip
+    took = time.perf_counter() - start
+    snapshot = open_elastic(place).snapshot()
+    best: dict[str, Any] = {}
+    for candidates in CANDIDATES if kind != "flat" else (1,):
+        snapshot.candidates = candidates
+        row = measured(snapshot, sources, matrix) | {"candidates": candidates}
+        if not best or row["recall"] > best["recall"]:
+            best = row
+        if best["recall"] >= WANTED:
+            break
+    sizes = place.cluster.vector_bytes(snapshot.index)
+    delete_elastic(place)
+    found = {"backend": "elasticsearch", "kind": kind, "size": size, "per_s": size / took}
+    return found | {"bytes": sizes["store"] / size, "sizes": {k: v / size for k, v in sizes.items()}, **best}
+
+
+def measured(snapshot: Any, sources: Sources, matrix: Matrix) -> dict[str, Any]:
+    """Recall of ten against the true ten, and times of one query after another, in milliseconds."""
+    hits, found = 0, {"vectors": [], "filtered": [], "words": []}  # type: ignore[var-annotated]
+    for words, query in zip(sources.words, sources.queries, strict=True):
+        scores = matrix @ query
+        least = np.partition(scores, -K)[-K] - 1e-6
+        ranking = timed(found["vectors"], lambda q=query: snapshot.search_vectors("text", q[None], K)[0])  # type: ignore[misc]
+        hits += sum(scores[int(hit.id)] >= least for hit in ranking)
+        timed(found["filtered"], lambda q=query: snapshot.search_vectors("text", q[None], K, FILTER))  # type: ignore[misc]
+        timed(found["words"], lambda w=words: snapshot.search_text([w], K))  # type: ignore[misc]
+    times = {f"{name}_p{p}": float(np.percentile(t[10:], p)) for name, t in found.items() for p in (50, 95)}
+    return {"recall": hits / (K * len(sources.words)), **times}
+
+
+def timed(times: list[float], call: Any) -> Any:
+    start = time.perf_counter()
+    out = call()
+    times.append((time.perf_counter() - start) * 1000)
+    return out
+
+
+def write(rows: Sequence[dict[str, Any]]) -> None:
+    OUT.parent.mkdir(parents=True, exist_ok=True)
+    OUT.with_suffix(".json").write_text(json.dumps({"machine": platform.processor(), "rows": rows}, indent=1) + "\n")
+    columns = ["vectors", "filtered", "words"]
+    head = ["documents", "index", "backend", "ingest, documents/s", "bytes a document", "recall@10"]
+    lines = [[*head, *(f"{name}: p50 / p95, ms" for name in columns)]]
+    lines.append(["---"] * len(lines[0]))
+    for r in rows:
+        cells = [
+            f"{r['size']:,}",
+            r["kind"],
+            r["backend"],
+            f"{r['per_s']:,.0f}",
+            f"{r['bytes']:,.0f}",
+            f"{r['recall']:.3f}",
+        ]
+        lines.append([*cells, *(f"{r[name + '_p50']:.1f} / {r[name + '_p95']:.1f}" for name in columns)])
+    assert __doc__ is not None
+    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    OUT.write_text(f"# Elasticsearch beside the embedded index\n\n{__doc__.split(chr(10) * 2, 2)[2]}\n{table}\n")
+
+
+if __name__ == "__main__":
+    main()
