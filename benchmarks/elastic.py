@@ -1,6 +1,7 @@
 """Elasticsearch beside the embedded index: how fast documents arrive, how fast vectors and words are found.
 
-``python -m benchmarks.elastic [--sizes 10000,100000,1000000] [--home DIR]`` writes docs/bench/elastic.md and .json.
+``python -m benchmarks.elastic [--sizes 10000,100000,1000000] [--home DIR]`` writes
+docs/elasticsearch-speed.md and .json.
 
 Both run on this machine, one after the other, the server as the tests start it (one node, 512 MB heap). Vectors are
 those of SciFact's documents through the packaged encoder; where a size needs more, the rest are mixtures of two of
@@ -37,7 +38,7 @@ from server.home import Home, silent
 from server.settings import Settings
 from tests.elastic_server import Cluster
 
-OUT = Path("docs/bench/elastic.md")
+OUT = Path("docs/elasticsearch-speed.md")
 KINDS = ("flat", "hnsw-sq8")
 CANDIDATES = (20, 50, 100, 200, 400, 800)
 FILTER = parse({"part": 7})
@@ -99,15 +100,15 @@ def main() -> None:
     try:
         for size in map(int, given.sizes.split(",")):
             for kind in KINDS:
-                for measure in (embedded, elastic):
-                    rows.append(measure(sources, size, kind, cluster.url))
-                    print(json.dumps(rows[-1]), flush=True)
+                for row in (embedded(sources, size, kind), elastic(sources, size, kind, cluster.url)):
+                    rows.append(row)
+                    print(json.dumps(row), flush=True)
                     write(rows)
     finally:
         cluster.stop()
 
 
-def embedded(sources: Sources, size: int, kind: str, url: str) -> dict[str, Any]:
+def embedded(sources: Sources, size: int, kind: str) -> dict[str, Any]:
     folder = Path(tempfile.mkdtemp(dir=".bench"))
     matrix = sources.vectors(size)
     spaces = {"text": SpaceInfo("text", sources.info.dim, sources.info.digests)}

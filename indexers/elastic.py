@@ -24,6 +24,7 @@ from retrieval.errors import BackendError, Conflict, Invalid, TooLarge
 T = TypeVar("T")
 
 REQUEST_S = 60.0
+SEARCH_S = 20.0  # then the next host is asked
 LONG_S = 3600.0  # merging, for example
 RETRY_S = 120.0  # how long a write is tried again
 SEARCH_RETRY_S = 15.0  # a person waits
@@ -94,6 +95,7 @@ class Cluster:
         self._client = Elasticsearch(
             hosts, request_timeout=REQUEST_S, max_retries=len(hosts) - 1, retry_on_timeout=False, **options
         )
+        self._asking = self._client.options(request_timeout=SEARCH_S, retry_on_timeout=True)
         self._patient = self._client.options(request_timeout=LONG_S, max_retries=0)
         self._retry_s, self._search_retry_s = RETRY_S, SEARCH_RETRY_S
 
@@ -203,7 +205,7 @@ class Cluster:
         """What is published under an alias or in an index; None where nothing is."""
 
         def ask() -> State | None:
-            found = self._client.get(index=name, id=STATE_ID)
+            found = self._asking.get(index=name, id=STATE_ID)
             held = found["_source"]
             version = (int(found["_seq_no"]), int(found["_primary_term"]))
             return State(found["_index"], int(held["sequence"]), held.get("recalls", {}), version)
@@ -232,7 +234,7 @@ class Cluster:
         """A point in time: what is visible in the index now, whatever is written later."""
 
         def ask() -> str:
-            return str(self._client.open_point_in_time(index=index, keep_alive=f"{KEPT_S}s")["id"])
+            return str(self._asking.open_point_in_time(index=index, keep_alive=f"{KEPT_S}s")["id"])
 
         return self._ask("opening the collection", ask, wait_s=self._search_retry_s)
 
@@ -254,7 +256,7 @@ class Cluster:
         return out
 
     def _searched(self, lines: Sequence[Json]) -> list[Json]:
-        answers = self._client.msearch(searches=lines)["responses"]
+        answers = self._asking.msearch(searches=lines)["responses"]
         for answer in answers:
             if "error" in answer:
                 raise _Failed(answer["status"], answer["error"])

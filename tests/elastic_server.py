@@ -26,7 +26,7 @@ VERSION = "8.19.0"
 ARTIFACT = f"org.elasticsearch.distribution.integ-test-zip:elasticsearch:{VERSION}:zip"
 CACHE = Path(__file__).resolve().parents[1] / ".es"
 HEAP = "512m"
-START_S = 180.0
+START_S = 300.0
 ORDINARY = "nobody"  # who runs it where we are root
 # Tests share two cores: the quick compiler alone starts in a third of the processor time.
 JAVA_OPTIONS = f"-Xms{HEAP} -Xmx{HEAP} -XX:TieredStopAtLevel=1 -XX:CICompilerCount=1 -XX:ActiveProcessorCount=2"
