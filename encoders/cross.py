@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from encoders import runtime
-from encoders.models import found, loading, model_files
+from encoders.models import configuration, found, loading, model_files
 from encoders.text import PROBES
 from encoders.tokens import Tokens
 from retrieval.errors import InputError
@@ -60,6 +60,12 @@ def cross_encoder(name: str, cache: Path) -> Cross:
 
 
 def _loaded(folder: Path, name: str) -> Any:
+    """The model in PyTorch: one of ours, or sentence-transformers'."""
+    config = configuration(folder / "config.json", name)
+    if config.get("kind") == "joint":
+        from encoders.joint import load_joint
+
+        return load_joint(folder, config, name)
     from sentence_transformers import CrossEncoder
 
     with loading(name, "cross-encoder"):
@@ -86,6 +92,9 @@ def _make(folder: Path, name: str, out: Path) -> dict[str, Any]:
 
 
 def _features(model: Any, pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    if hasattr(model, "features"):
+        ours: dict[str, Any] = model.features(pairs)
+        return ours
     given = model.preprocess([list(pair) for pair in pairs])
     return {name: given[name] for name in ("input_ids", "attention_mask", "token_type_ids") if name in given}
 
@@ -93,6 +102,9 @@ def _features(model: Any, pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
 def _Whole(model: Any) -> Any:
     """The cross-encoder with its activation as one function of token arrays to (B, 1) scores."""
     import torch
+
+    if hasattr(model, "module"):
+        return model.module
 
     class Whole(torch.nn.Module):
         def __init__(self) -> None:

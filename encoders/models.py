@@ -9,12 +9,21 @@ from typing import Any
 
 from retrieval.errors import BackendError, InputError
 
+WEIGHTS = Path(__file__).parent / "weights"
+
+
+def shipped() -> list[str]:
+    """The names of the models that come with Lightbox."""
+    return sorted(path.name for path in WEIGHTS.glob("*") if (path / "config.json").is_file())
+
 
 def found(name: str, owner: str = "sentence-transformers") -> Path:
     """The folder of a model given as a path or as a name on the Hugging Face hub, where `owner/` may be left out."""
     path = Path(name).expanduser()
     if path.is_dir():
         return path
+    if name in shipped():
+        return WEIGHTS / name
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise InputError(f"no folder {name!r}: give the folder of a model, or its name on the hub")
     names = [name] if "/" in name else [f"{owner}/{name}", name]

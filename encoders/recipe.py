@@ -204,7 +204,7 @@ def _value(kind: Any, value: Any, at: str, limits: Limits) -> Any:
     if dataclasses.is_dataclass(kind):
         return _build(kind, value, at, limits)  # type: ignore[arg-type]
     allowed = (int, float) if kind is float else (kind,)
-    if not isinstance(value, allowed) or isinstance(value, bool):
+    if not isinstance(value, allowed) or (isinstance(value, bool) and kind is not bool):
         raise InputError(f"{at} is {value!r}; needed is {kind.__name__}", at)
     _check_value(value, at, limits)
     return kind(value)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,17 @@ def save(path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str, str]) ->
         with suppress(OSError):
             part.unlink(missing_ok=True)
         raise BackendError(f"{path.name} cannot be written: {error}") from error
+
+
+@contextmanager
+def refusing(folder: Path) -> Iterator[None]:
+    """What a library says of a disk that refuses, as ours."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise BackendError(f"{folder} cannot be written: {error}") from error
 
 
 def halved(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -84,8 +84,7 @@ def text_encoder(name: str | None, cache: Path) -> Text:
     A name is looked up among the downloaded models first and fetched from the hub after, if that can be reached.
     Raises InputError for a name or folder that holds no sentence-transformers model.
     """
-    folder = packaged() if name in (None, PACKAGED, f"sentence-transformers/{PACKAGED}") else found(name or "")
-    label = name or PACKAGED
+    folder, label = _place(name)
     files = model_files(folder, label)
     digests = runtime.Digests(cache)
     digest = digests.files(files, {"kind": "sentence-transformers"})
@@ -93,6 +92,18 @@ def text_encoder(name: str | None, cache: Path) -> Text:
     made_of = digests.file(weights[0]) if len(weights) == 1 else digest
     tower = runtime.tower(cache, digest, lambda: _Whole(_loaded(folder, label)), lambda out: _make(folder, label, out))
     return Text(tower, digest, made_of)
+
+
+def _place(name: str | None) -> tuple[Path, str]:
+    """Where a text model lies, and what it is called."""
+    if name in (None, PACKAGED, f"sentence-transformers/{PACKAGED}"):
+        return packaged(), PACKAGED
+    return found(name), name
+
+
+def loaded(name: str | None) -> Any:
+    """The sentence-transformers model of that name or path in PyTorch, None for the packaged one: what is trained."""
+    return _loaded(*_place(name))
 
 
 def packaged() -> Path:
@@ -126,7 +137,7 @@ def _make(folder: Path, name: str, out: Path) -> dict[str, Any]:
     spec = {
         "runtime": runtime.convert(whole, out, example, probes, fixed=False),
         "dim": model.get_embedding_dimension(),
-        "prompts": _prompts(model.prompts, model.default_prompt_name),
+        "prompts": prompts_of(model),
         "tokens": tokens,
     }
     _check_vectors(Text(runtime.Tower(out, spec, lambda: whole), "", ""), model, name)
@@ -139,8 +150,10 @@ def _features(model: Any, texts: Sequence[str]) -> dict[str, Any]:
     return {name: given[name] for name in ("input_ids", "attention_mask", "token_type_ids") if name in given}
 
 
-def _prompts(prompts: Mapping[str, str], default: str | None) -> dict[str, str]:
-    fallback = prompts.get(default or "", "")
+def prompts_of(model: Any) -> dict[str, str]:
+    """What the model puts before a query and before a document."""
+    prompts: Mapping[str, str] = model.prompts
+    fallback = prompts.get(model.default_prompt_name or "", "")
     document = next((prompts[name] for name in DOCUMENT_PROMPTS if name in prompts), fallback)
     return {"query": prompts.get("query", fallback), "document": document}
 

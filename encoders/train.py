@@ -97,7 +97,19 @@ def _course(kind: str, recipe: Path, cache: Path, progress: Progress, text: Enco
         from encoders.film import film_course
 
         return film_course(recipe, cache, progress, text)
-    raise InputError(f"kind is {kind!r}; it must be one of film", "kind")
+    if kind == "text":
+        from encoders.text_course import text_course
+
+        return text_course(recipe, cache, progress)
+    if kind == "cross":
+        from encoders.cross_course import cross_course
+
+        return cross_course(recipe, cache, progress)
+    if kind == "cut":
+        from encoders.cut_course import cut_course
+
+        return cut_course(recipe, cache, progress)
+    raise InputError(f"kind is {kind!r}; it must be one of film, text, cross, cut", "kind")
 
 
 class _Run:

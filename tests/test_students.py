@@ -1,0 +1,302 @@
+"""Text towers and cross-encoders in training: a tiny BERT, a collection of a dozen made-up abstracts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from encoders.collection import (
+    Asked,
+    Lexical,
+    best,
+    hybrid,
+    is_held_out,
+    made_queries,
+    ndcg,
+    read_collection,
+    reranked,
+)
+from encoders.student import Student
+from encoders.train import train
+from retrieval.errors import InputError
+from tests.test_text import tiny_bert
+
+WORDS = ["left", "lung", "effusion", "clear"]
+
+
+def quiet(phase: str, done: int, total: int | None) -> None:
+    pass
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sentence-transformers model of two small layers, pooled by their mean."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
+    from transformers import BertModel
+
+    folder = tmp_path_factory.mktemp("base")
+    BertModel(**tiny_bert(folder / "bert")).save_pretrained(folder / "bert")
+    body = Transformer(str(folder / "bert"), max_seq_length=16)
+    SentenceTransformer(modules=[body, Pooling(32, pooling_mode="mean"), Normalize()]).save_pretrained(
+        str(folder / "model")
+    )
+    return folder / "model"
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the collection `tiny`: 24 documents, a query for each."""
+    folder = tmp_path / "tiny"
+    (folder / "qrels").mkdir(parents=True)
+    draw = np.random.default_rng(0)
+    documents, queries, qrels = [], [], ["query-id\tcorpus-id\tscore"]
+    for n in range(24):
+        words = " ".join(draw.choice(WORDS, 6))
+        documents.append({"_id": f"d{n}", "title": f"{words} .", "text": f"{words} clear . Left lung is {words} ."})
+        queries.append({"_id": f"q{n}", "text": f"{words} query"})
+        qrels.append(f"q{n}\td{n}\t1")
+    for name, rows in (("corpus", documents), ("queries", queries)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "qrels" / "train.tsv").write_text("\n".join(qrels) + "\n")
+    monkeypatch.setenv("LIGHTBOX_DATA", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def recipe(place: Path, base: Path, kind: str, more: str = "", student: str = "frozen = 1") -> Path:
+    path = place / f"{kind}.toml"
+    data = 'sources = ["tiny"]' if kind == "cut" else 'source = "tiny"\nheld_out = 0.3'
+    path.write_text(
+        f'kind = "{kind}"\n[data]\n{data}\n[student]\nbase = "{base}"\n{student}\n{more}\n'
+        "[schedule]\nepochs = [2]\nbatch = 4\nrate = 1e-3\n"
+    )
+    return path
+
+
+def lineage(folder: Path) -> dict[str, Any]:
+    read: dict[str, Any] = json.loads((folder / "lineage.json").read_text())
+    return read
+
+
+# ---- what is learned from
+
+
+def test_bm25_is_that_of_the_definition() -> None:
+    scores = Lexical(["left lung", "lung lung effusion"]).scores(["lung effusion", "clear"])
+    average = 2.5
+    idf = {"lung": np.log(1 + 0.5 / 2.5), "effusion": np.log(1 + 1.5 / 1.5)}
+
+    def part(term: str, count: int, length: int) -> float:
+        return float(idf[term] * count / (count + 1.2 * (0.25 + 0.75 * length / average)))
+
+    wanted = [[part("lung", 1, 2), part("lung", 2, 3) + part("effusion", 1, 3)], [0, 0]]
+    np.testing.assert_allclose(scores, wanted, rtol=1e-5)
+
+
+def test_the_hybrid_and_the_rereading_are_those_of_a_search() -> None:
+    from retrieval.fusion import fuse
+    from retrieval.types import Hit, Ranking
+
+    lexical, dense = np.float32([[5, 3, 1, 0]]), np.float32([[0.2, 0.9, 0.1, 0.4]])
+    ours = hybrid(lexical, dense, 0.55)[0]
+
+    def ranking(scores: np.ndarray) -> Ranking:
+        return Ranking(Hit(str(n), float(scores[n])) for n in np.argsort(-scores))
+
+    legs = {"a": ranking(lexical[0]), "b": ranking(dense[0])}
+    wanted = {hit.id: hit.score for hit in fuse(legs, {"a": 0.45, "b": 0.55}, 4)}
+    np.testing.assert_allclose(ours, [wanted[str(n)] for n in range(4)], rtol=1e-5)
+    top, read = np.array([[1, 0]]), np.float32([[7.0, 9.0]])
+    again = reranked(ours[None], read, top, 0.5)[0]
+    legs = {"first": ranking(ours), "rerank": Ranking([Hit("0", 9.0), Hit("1", 7.0)])}
+    wanted = {hit.id: hit.score for hit in fuse(legs, {"first": 0.5, "rerank": 0.5}, 4)}
+    np.testing.assert_allclose(again, [wanted[str(n)] for n in range(4)], rtol=1e-5)
+
+
+def test_two_queries_about_one_document_stand_on_one_side(place: Path) -> None:
+    with (place / "tiny" / "queries.jsonl").open("a") as queries, (place / "tiny/qrels/train.tsv").open("a") as qrels:
+        for n in range(24):
+            queries.write(json.dumps({"_id": f"again{n}", "text": "left lung"}) + "\n")
+            qrels.write(f"again{n}\td{n}\t1\n")
+    read = read_collection(place / "tiny", 0.3)
+    sides = [{row for query in part for row in query.relevant} for part in (read.train, read.dev)]
+    assert sides[0].isdisjoint(sides[1])
+    assert len(read.dev) == 2 * sum(is_held_out(f"d{n}", 0.3) for n in range(24)) > 0
+
+
+def test_a_document_is_asked_by_its_title_and_its_last_sentence(place: Path) -> None:
+    made = made_queries(read_collection(place / "tiny", 0.3))
+    assert len(made) == 48
+    assert made[1].text.startswith("Left lung is")
+    assert made[0].relevant == made[1].relevant == (0,)
+
+
+def test_ndcg_ranks_by_score() -> None:
+    assert ndcg(np.float32([[0.1, 0.9]]), [Asked("q", "", (1,))]) == 1
+    assert ndcg(np.float32([[0.9, 0.1]]), [Asked("q", "", (1,))]) == pytest.approx(1 / np.log2(3))
+    assert best(np.float32([[0.1, 0.9, 0.5]]), 2).tolist() == [[1, 2]]
+
+
+def test_a_collection_without_judged_queries_is_refused(place: Path) -> None:
+    (place / "tiny" / "qrels" / "train.tsv").write_text("query-id\tcorpus-id\tscore\nq0\tnone\t1\n")
+    with pytest.raises(InputError, match="too few judged queries"):
+        read_collection(place / "tiny", 0.3)
+
+
+# ---- the tower
+
+
+def test_a_student_that_has_not_learned_gives_the_vectors_of_its_base(base: Path) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    texts = ["left lung clear .", "effusion", "left lung effusion clear . " * 6]
+    wanted = SentenceTransformer(str(base), device="cpu").encode(texts)
+    for how in ({}, {"frozen": 1}, {"head": True}):
+        np.testing.assert_allclose(Student(str(base), **how).encode(texts), wanted, atol=2e-3)
+
+
+def test_frozen_layers_learn_nothing_and_read_a_text_once(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    student = Student(str(base), frozen=1)
+    assert student.body is not None
+    student.vectors(["left lung"]).sum().backward()  # type: ignore[no-untyped-call]
+    assert all(p.grad is None for p in student.body.layers[0].parameters())
+    assert all(p.grad is not None for p in student.body.layers[1].parameters())
+    monkeypatch.setattr(student.body, "embedded", None)
+    student.vectors(["left lung"])
+
+
+def test_what_frozen_layers_made_is_kept_on_disk(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = ["left lung", "effusion clear clear"]
+    first = Student(str(base), frozen=1)
+    first.keep(texts, tmp_path, quiet)
+    second = Student(str(base), frozen=1)
+    assert second.body is not None
+    monkeypatch.setattr(second.body, "embedded", None)
+    second.keep(texts, tmp_path, quiet)
+    np.testing.assert_allclose(second.encode(texts), first.encode(texts), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("student", "message"),
+    [
+        ({"frozen": 3}, "frozen is 3 of 2 layers"),
+        ({"layers": (1, 0)}, "rising numbers"),
+        ({"layers": (0, 7)}, "0 to 1"),
+    ],
+)
+def test_impossible_layers_are_refused(base: Path, student: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Student(str(base), **student)
+
+
+def test_a_recipe_under_which_nothing_learns_is_refused(place: Path, base: Path) -> None:
+    with pytest.raises(InputError, match="one must learn, or a head"):
+        train(recipe(place, base, "text", student="frozen = 2"), place / "out", quiet)
+
+
+# ---- the courses
+
+
+def test_a_text_tower_learns_and_drops_into_a_collection(place: Path, base: Path) -> None:
+    from encoders.text import text_encoder
+    from retrieval.types import Item
+
+    more = "[loss]\ndistil = 1.0\ncprd = 0.1\nnegatives = 2\ndepth = 5"
+    folder = train(recipe(place, base, "text", more), place / "out", quiet)
+    told = lineage(folder)
+    assert {"data_digest", "recipe_digest", "base_digest", "teacher_digest", "commit", "seed"} <= set(told)
+    assert told["queries"]["dev"] + told["queries"]["train"] == 24
+    assert told["dev_by_share"][str(told["share"])] == max(told["dev_by_share"].values())
+    assert [set(epoch) >= {"loss", "dev"} for epoch in told["epochs"]] == [True, True]
+    encoder = text_encoder(str(folder), place / "cache")
+    assert encoder.encode_queries([Item(text="left lung")]).shape == (1, 32)
+
+
+def test_a_head_alone_learns_from_the_whole_collection(place: Path, base: Path) -> None:
+    from encoders.text import text_encoder
+    from retrieval.types import Item
+
+    folder = train(recipe(place, base, "text", student="frozen = 2\nhead = true"), place / "out", quiet)
+    moved = text_encoder(str(folder), place / "cache").encode_queries([Item(text="left lung")])
+    still = text_encoder(str(base), place / "cache").encode_queries([Item(text="left lung")])
+    assert (lineage(folder)["share"] > 0) == bool(np.abs(moved - still).max() > 1e-3)
+
+
+def test_a_cut_student_nears_its_teacher(place: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from encoders import cut_course
+
+    monkeypatch.setattr(cut_course, "HELD_OUT", 8)
+    path = recipe(place, base, "cut", student="layers = [1]")
+    path.write_text(path.read_text().replace("epochs = [2]", "epochs = [4]").replace("batch = 4", "batch = 16"))
+    folder = train(path, place / "out", quiet)
+    figures = [epoch["dev"] for epoch in lineage(folder)["epochs"]]
+    assert figures[-1] > figures[0]
+    config = json.loads((folder / "config.json").read_text())
+    assert config["num_hidden_layers"] == 1
+
+
+# ---- cross-encoders
+
+
+@pytest.fixture
+def cross(place: Path, base: Path) -> Path:
+    more = "[teacher]\ndepth = 8\n[loss]\nnegatives = 3\ndepth = 6"
+    return train(recipe(place, base, "cross", more), place / "cross", quiet)
+
+
+def test_a_cross_encoder_learns_reranks_and_teaches(place: Path, base: Path, cross: Path) -> None:
+    from encoders.cross import cross_encoder
+    from encoders.joint import load_joint
+    from encoders.models import configuration
+    from retrieval.types import Document, Item
+
+    told = lineage(cross)
+    assert told["best_epoch"] in (1, 2)
+    assert {"dev", "alone"} <= set(told["epochs"][0])
+    ours = cross_encoder(str(cross), place / "cache")
+    documents = [
+        Document(id=str(n), text=text) for n, text in enumerate(["left lung", "clear .", "effusion left " * 30])
+    ]
+    scores = ours.score(Item(text="left effusion"), documents)
+    model = load_joint(cross, configuration(cross / "config.json", "cross"), "cross")
+    with torch.no_grad():
+        wanted = model.module(**model.features([("left effusion", d.content) for d in documents]))[:, 0]
+    np.testing.assert_allclose(scores, wanted, atol=1e-3)
+    more = f'[teacher]\ncross = "{cross}"\ndepth = 4\n[loss]\ndistil = 1.0'
+    folder = train(recipe(place, base, "text", more), place / "taught", quiet)
+    assert lineage(folder)["teacher_digest"] == ours.digest
+
+
+def test_the_two_ways_through_a_joint_encoder_agree(base: Path) -> None:
+    """Padded sides from memory, as in training, and whole rows of tokens, as in a search."""
+    from encoders.joint import Joint, Loaded, pair_tokenizer
+    from encoders.student import padded
+
+    student = Student(str(base), frozen=1)
+    joint = Joint(student.model[0].model, 1).eval()
+    pairs = [("left", "effusion clear"), ("lung effusion left", "clear")]
+    with torch.no_grad():
+        sides = [padded(student.below(list(side))) for side in zip(*pairs, strict=True)]
+        apart = joint.scored(sides[0][0].float(), sides[0][1], sides[1][0].float(), sides[1][1])
+        whole = joint(**Loaded(joint, pair_tokenizer(student.model.tokenizer), 16).features(pairs))[:, 0]
+    torch.testing.assert_close(apart, whole, atol=2e-3, rtol=0)
+
+
+def test_an_untrained_joint_encoder_of_separate_layers_scores_by_the_dual_encoders_cosine(base: Path) -> None:
+    from encoders.joint import Joint
+    from encoders.student import padded
+
+    student = Student(str(base), frozen=2)
+    joint = Joint(student.model[0].model, 2).eval()
+    with torch.no_grad():
+        joint.head.scales.copy_(torch.tensor([1.0, 0.0]))
+        query, document = padded(student.below(["left"])), padded(student.below(["lung clear"]))
+        score = joint.scored(query[0].float(), query[1], document[0].float(), document[1])
+    vectors = student.encode(["left", "lung clear"])
+    assert score.item() == pytest.approx(float(vectors[0] @ vectors[1]), abs=2e-3)
