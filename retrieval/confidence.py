@@ -47,8 +47,8 @@ UNRELATED = (
 class Calibration(NamedTuple):
     """Best scores of one leg for one kind of query, each ascending."""
 
-    related: Sequence[float]
-    unrelated: Sequence[float]
+    related: Sequence[float] | NDArray[np.float64]
+    unrelated: Sequence[float] | NDArray[np.float64]
 
     def confidence(self, scores: NDArray[np.float32]) -> NDArray[np.float64]:
         """(K,) raw scores to (K,) values in [0, 1].
@@ -75,7 +75,10 @@ def to_json(calibrations: Calibrations) -> dict[str, dict[str, list[list[float]]
 
 
 def from_json(data: Mapping[str, Mapping[str, Sequence[Sequence[float]]]]) -> Calibrations:
-    return {kind: {leg: Calibration(*scores) for leg, scores in legs.items()} for kind, legs in data.items()}
+    return {
+        kind: {leg: Calibration(*(np.asarray(some) for some in scores)) for leg, scores in legs.items()}
+        for kind, legs in data.items()
+    }
 
 
 def cut(text: str, words: int, rng: np.random.Generator) -> str | None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
+from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from operator import itemgetter
 from types import MappingProxyType
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 from urllib.parse import quote
@@ -358,7 +360,9 @@ class Engine:
     def _answer(self, plan: _Plan, ranking: Ranking) -> Answer:
         request, snapshot = plan.request, plan.snapshot
         asked = {part.id for part in request.query if part.id is not None}
-        hits = [(place, hit) for place, hit in enumerate(ranking, 1) if hit.id not in asked]
+        hits = list(enumerate(ranking, 1))
+        if asked:
+            hits = [(place, hit) for place, hit in hits if hit.id not in asked]
         if request.min_confidence is not None:
             sure = self._confidences(plan, hits)
             hits = [pair for pair, c in zip(hits, sure, strict=True) if c is not None and c >= request.min_confidence]
@@ -368,7 +372,7 @@ class Engine:
         with timed("fetch"):
             page, offset = self._page(hits, plan)
             documents = snapshot.fetch([hit.id for _, hit in page])
-        more = any(place > offset for place, _ in hits)
+        more = bool(hits) and hits[-1][0] > offset
         here = Cursor(snapshot.generation, snapshot.sequence, self._learned, plan.fingerprint, offset)
         return {
             "hits": [
@@ -396,15 +400,20 @@ class Engine:
             "sequence": plan.snapshot.sequence,
         }
 
-    def _page(self, hits: Sequence[tuple[int, Hit]], plan: _Plan) -> tuple[list[tuple[int, Hit]], int]:
+    def _page(self, hits: list[tuple[int, Hit]], plan: _Plan) -> tuple[list[tuple[int, Hit]], int]:
         """The next k hits that still exist, and the place in the ranking of the last one looked at."""
-        rest = [(place, hit) for place, hit in hits if place > plan.offset]
+        k, rest = plan.request.k, hits[bisect_right(hits, plan.offset, key=itemgetter(0)) :]
+        page: list[tuple[int, Hit]] = []
         if plan.offset == 0:
-            page = rest[: plan.request.k]
-        else:  # documents deleted since the first page vanish from later ones
-            latest = self.index.snapshot()
-            alive = {id for (_, (id, _, _)), d in zip(rest, latest.fetch([h.id for _, h in rest]), strict=True) if d}
-            page = [(place, hit) for place, hit in rest if hit.id in alive][: plan.request.k]
+            page = rest[:k]
+        latest = self.index.snapshot()  # documents deleted since the first page vanish from later ones
+        for start in range(0, len(rest) if plan.offset else 0, k):
+            some = rest[start : start + k]
+            there = latest.fetch([hit.id for _, hit in some])
+            page += [pair for pair, document in zip(some, there, strict=True) if document is not None]
+            if len(page) >= k:
+                break
+        page = page[:k]
         return page, page[-1][0] if page else (rest[-1][0] if rest else plan.offset)
 
     def _confidences(self, plan: _Plan, hits: Sequence[tuple[int, Hit]]) -> list[float | None]:

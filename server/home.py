@@ -5,6 +5,7 @@ Thread-safe. Engines open on first use and follow the generations that other pro
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -336,7 +337,7 @@ class Home:
 
     def _keep(self, name: str, file: str, learned: Mapping[str, Any]) -> None:
         kept = {"made_for": _legs(self.config(name)), **learned}
-        _write_atomically(self.folder(name) / file, json.dumps(kept))
+        _write_atomically(self.folder(name) / file, json.dumps({"sha256": _digest(kept), **kept}))
 
     def _learned(self, name: str, config: Config) -> Learned:
         """What was learned for the encoders and the ontology that the collection has now."""
@@ -346,11 +347,16 @@ class Home:
     def _kept(self, name: str, file: str, config: Config) -> dict[str, Any]:
         try:
             kept: dict[str, Any] = json.loads((self.folder(name) / file).read_text())
+            told = kept.pop("sha256", None)  # none in files of earlier versions
+            if told is not None and told != _digest(kept):
+                raise ValueError("checksum")
             return kept if kept["made_for"] == _legs(config) else {}
         except FileNotFoundError:
             return {}
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise BackendError(f"collection {name}: {file} cannot be read; delete the file, or tune again") from error
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            if file == CALIBRATED:  # the next rebuild measures it anew; until then nothing is said of confidence
+                return {}
+            raise BackendError(f"collection {name}: {file} is damaged; delete the file, or tune again") from error
 
     def _quarantine(self, name: str, rejected: Sequence[Rejected]) -> None:
         lines = (json.dumps(item._asdict()) + "\n" for item in rejected)
@@ -426,10 +432,18 @@ def _stamp(path: Path) -> Stamp:
     return found.st_ino, found.st_mtime_ns
 
 
+def _digest(kept: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
 def _write_atomically(path: Path, text: str) -> None:
     fresh = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.new")  # several may write at once
-    with fresh.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    fresh.replace(path)
+    try:
+        with fresh.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        fresh.replace(path)
+    except OSError as error:
+        fresh.unlink(missing_ok=True)
+        raise BackendError(f"{path.name} could not be written; is the disk full?") from error

@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, cast
 
-from retrieval.errors import NotFound, TooLarge
+from retrieval.errors import BackendError, NotFound, TooLarge
 from server.settings import Settings
 
 log = logging.getLogger("lightbox.jobs")
@@ -74,7 +74,10 @@ class Jobs:
             "updated": now,
             "spec": dict(spec),
         }
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise BackendError("the folder of jobs could not be made") from error
         write(self._path(state["id"]), state)
         self._prune()
         self._wake.set()
@@ -216,5 +219,9 @@ def read(path: Path) -> State | None:
 def write(path: Path, state: State) -> None:
     """All or nothing, so that a reader never sees half a state."""
     fresh = path.with_name(f".{path.stem}.{os.getpid()}.new")
-    fresh.write_text(json.dumps(state))
-    fresh.replace(path)
+    try:
+        fresh.write_text(json.dumps(state))
+        fresh.replace(path)
+    except OSError as error:
+        fresh.unlink(missing_ok=True)
+        raise BackendError("a job's state could not be written; is the disk full?") from error

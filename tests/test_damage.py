@@ -11,6 +11,7 @@ import random
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -145,7 +146,8 @@ HARMS = [
     Harm("missing", lambda path: path.unlink()),
 ]
 DERIVED = ["manifest-*", "rows-*", "columns-*", "lexical-*/*.term", "lexical-*/*.idx", "lexical-*/*.fieldnorm",
-           "lexical-*/*.fast", "lexical-*/meta.json", "vectors-*/side.json", "vectors-*/index.faiss"]  # fmt: skip
+           "lexical-*/*.fast", "lexical-*/*.pos", "lexical-*/*.store", "lexical-*/meta.json",
+           "lexical-*/.managed.json", "vectors-*/side.json", "vectors-*/index.faiss"]  # fmt: skip
 
 
 def named(home: Path, pattern: str) -> list[Path]:
@@ -153,6 +155,17 @@ def named(home: Path, pattern: str) -> list[Path]:
     found = sorted((home / "generations" / "000002").glob(pattern))
     assert found, pattern
     return [path for path in found if path.stat().st_size]
+
+
+# What the tests below harm besides: the pointer, the count of writes, vectors, uploads, the store and its log.
+OTHERS = ["current", "generations/*/writes", "shards/*", "blobs/*", "generations/*/store.sqlite*"]
+EMPTY = ["lock*", "*.lock", "quarantine.jsonl", "generations/*/withdrawn"]  # nothing in them that could be damaged
+
+
+def test_every_kind_of_file_is_harmed(whole: Path) -> None:
+    kinds = [f"generations/*/{kind}" for kind in DERIVED] + OTHERS + EMPTY
+    files = [str(path.relative_to(whole)) for path in whole.rglob("*") if path.is_file() and path.stat().st_size]
+    assert [file for file in files if not any(fnmatch(file, kind) for kind in kinds)] == []
 
 
 @pytest.mark.parametrize("harm", HARMS, ids=lambda harm: harm.name)

@@ -17,10 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fastapi.testclient import TestClient
 
 from indexers.embedded import Embedded, open_index
 from indexers.rebuild import build, rebuild
 from retrieval.errors import BackendError
+from retrieval.files import read_source
+from server.assemble import Config
+from server.home import silent
+from tests.small_home import small_app, small_home, write_source
 from tests.test_damage import SPACES, Preparing, answers, document, encodings, quiet
 
 CHILDREN = multiprocessing.get_context("forkserver")
@@ -139,6 +144,25 @@ def expected(step: Callable[..., None]) -> Any:
 def memory() -> Iterator[Path]:
     with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
         yield Path(folder)
+
+
+def test_over_http_a_full_disk_is_told_and_searches_go_on(small: Path, tmp_path: Path) -> None:
+    home = small_home(small / "home")
+    home.index("films", read_source(write_source(tmp_path / "source")).documents(), Config(), progress=silent)
+    asked = {"query": [{"text": "effusion"}]}
+    with TestClient(small_app(home.settings, home), base_url="http://localhost:8000") as client:
+        before = client.post("/v1/collections/films/search", json=asked).json()["hits"]
+        fill(small, 0)
+        big = [{"_id": f"n{n}", "text": "word " * 900} for n in range(40)]
+        for path, body in (("documents", big), ("rebuild", None)):
+            refused = client.post(f"/v1/collections/films/{path}", json=body)
+            assert refused.status_code == 503
+            assert refused.headers["content-type"] == "application/problem+json"
+            assert str(small) not in refused.text
+        assert client.put("/v1/collections/new", json={"image_encoder": "none"}).status_code == 503
+        assert client.post("/v1/collections/films/search", json=asked).json()["hits"] == before
+        (small / "filler").unlink()
+        assert client.post("/v1/collections/films/documents", json=big).json()["added"] == 40
 
 
 # --- a limit on the size of a file -----------------------------------------------------------------

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -147,10 +148,37 @@ def test_tuned_weights_stay_with_the_collection_until_its_encoders_change(home: 
     assert home.info("films")["tuned"] == []
 
 
-def test_damaged_weights_are_told_with_the_way_out(home: Home) -> None:
-    (home.folder("films") / "weights.json").write_text("{")
-    with pytest.raises(BackendError, match="weights.json cannot be read; delete the file, or tune again"):
+def flip(path: Path, byte: bytes) -> None:
+    """Turns one bit where `byte` first occurs."""
+    content = bytearray(path.read_bytes())
+    content[content.index(byte)] ^= 1
+    path.write_bytes(content)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+@pytest.mark.parametrize("harm", [lambda path: flip(path, b"0.2"), lambda path: flip(path, b"{"), truncate])
+def test_damaged_weights_are_told_with_the_way_out(home: Home, harm: Callable[[Path], None]) -> None:
+    home.keep_weights("films", {"text": {"lexical": 0.25}}, {})
+    assert home.engine("films").parts.weights["text"] == {"lexical": 0.25}
+    harm(home.folder("films") / "weights.json")
+    with pytest.raises(BackendError, match="weights.json is damaged; delete the file, or tune again"):
         home.engine("films")
+
+
+@pytest.mark.parametrize("harm", [lambda path: flip(path, b"0."), lambda path: flip(path, b"{"), truncate])
+def test_damaged_calibrations_say_nothing_until_they_are_measured_again(
+    tmp_path: Path, harm: Callable[[Path], None]
+) -> None:
+    home = small_home(tmp_path)
+    home.index("many", [Document(id=f"{i:02}", text=f"heart {i} " * 9) for i in range(30)], Config(), progress=silent)
+    assert home.engine("many").parts.calibrations
+    harm(home.folder("many") / "calibration.json")
+    assert not home.engine("many").parts.calibrations
+    home.rebuild("many", progress=silent)
+    assert home.engine("many").parts.calibrations
 
 
 def test_a_big_enough_collection_says_how_sure_a_hit_is(tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ function evaluation(job) {
   const rows = names.map((name) => element("tr", {}, element("th", { scope: "row" }, name),
     ...measures.map((m) => element("td", {}, `${results[name][m].toFixed(3)} [${intervals[name][m].map((x) => x.toFixed(3)).join(", ")}]`))));
   return element("div", {},
-    element("h2", {}, `${job.collection}, ${split}: ${queries} queries`),
+    element("h2", {}, `${job.collection}, ${split}: ${queries} ${queries === 1 ? "query" : "queries"}`),
     element("table", {}, element("thead", {}, head), element("tbody", {}, ...rows)),
     element("div", { class: "plots" }, ...measures.map((measure) => plot(names, measure, results, intervals))));
 }
