@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import faiss
@@ -22,12 +22,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from indexers.product import Quantizers
-from indexers.scan import Numbers, Stored, nearest
+from indexers.product import Quantizers, other_side
+from indexers.scan import TIE, Numbers, Stored, nearest
 from retrieval.errors import BackendError, Invalid
 from retrieval.types import Matrix, Progress
 
 ARMS = ("listnet", "kl", "mse", "margin_mse", "ranknet", "contrastive")
+_SCALE_RATE = 0.02
+_NEAREST = 4  # codewords of a soft choice
 _PAIRS_AT_ONCE = 1 << 24  # of candidates, in the one arm that compares all
 
 
@@ -75,35 +77,46 @@ class Recipe:
     batch: int = 128  # queries
     sampled: int = 3  # of the teacher's best, for each query; all candidates are shared in the batch
     best: int = 200  # how many of the teacher's best they are drawn from
-    tau: float = 0.05  # of scores of unit vectors; at 1 both sides of the loss would be nearly flat
-    lr_ivf: float = 1e-3
-    lr_pq: float = 1e-3
+    tau: float = 0.15  # temperature, as a share of what lies between the scores of a query's first and last best
+    lr_ivf: float = 0.03  # as a share of the size of a codeword's coordinates, as the next
+    lr_pq: float = 0.03
     warmup: float = 0.1  # share of the steps, then down to zero in a straight line
     seed: int = 0
 
 
 class Lesson(NamedTuple):
-    """Training queries (Q, D), what the teacher ranks best for each (Q, K), and a positive for each (Q,)."""
+    """Training queries (Q, D), what the teacher ranks best for each (Q, K), and a positive for each (Q,).
+
+    spread: by how much the first of the best outscores the last, on average. Scores of unit vectors lie close
+    together, in some spaces closer than in others; temperatures are measured in this.
+    """
 
     queries: Matrix
     best: Numbers
     positives: Numbers
+    spread: float
+
+    def some(self, chosen: NDArray[np.bool_]) -> Lesson:
+        return Lesson(self.queries[chosen], self.best[chosen], self.positives[chosen], self.spread)
 
 
 def lesson(stored: Stored, queries: Matrix, best: int, progress: Progress, positives: Numbers | None = None) -> Lesson:
     """What exact search over `stored` teaches. positives: of a log with clicks or labels; else the best of all."""
     found = np.empty((len(queries), min(best, len(stored))), np.int64)
+    spread = np.empty(len(queries))
     for at in range(0, len(queries), 4_096):
         some = np.ascontiguousarray(queries[at : at + 4_096])
-        found[at : at + len(some)] = nearest(stored, some, found.shape[1])[1][:, : found.shape[1]]
+        scores, numbers = nearest(stored, some, found.shape[1])
+        found[at : at + len(some)] = numbers[:, : found.shape[1]]
+        spread[at : at + len(some)] = scores[:, 0] - scores[:, found.shape[1] - 1]
         progress("teach", at + len(some), len(queries))
-    return Lesson(queries, found, found[:, 0] if positives is None else positives)
+    return Lesson(queries, found, found[:, 0] if positives is None else positives, max(float(spread.mean()), TIE))
 
 
 def distill(
     start: Quantizers, stored: Stored, taught: Lesson, progress: Progress, recipe: Recipe | None = None
 ) -> Quantizers:
-    """Learn centroids and codewords; rotation, and which centroid a document belongs to, stay as they are.
+    """Learn centroids and codewords; the turn, and which centroid a document belongs to, stay as they are.
 
     stored: the documents (N, D), which need not fit in memory. Equal arguments give equal results on one machine.
     Raises BackendError where the learning diverges, Invalid for an unknown arm.
@@ -119,13 +132,14 @@ def distill(
 
 def _fit(student: _Student, stored: Stored, taught: Lesson, progress: Progress, recipe: Recipe) -> None:
     steps = min(recipe.steps, recipe.passes * -(-len(taught.queries) // recipe.batch))
-    optimizer = torch.optim.Adam(
-        [{"params": [student.centroids], "lr": recipe.lr_ivf}, {"params": [student.codebooks], "lr": recipe.lr_pq}]
-    )
+    size = max(float(student.codebooks.detach().square().mean().sqrt()), TIE)
+    rates = ((student.centroids, recipe.lr_ivf), (student.codebooks, recipe.lr_pq))
+    groups = [{"params": [parameter], "lr": rate * size} for parameter, rate in rates]
+    optimizer = torch.optim.Adam([*groups, {"params": [student.scales], "lr": _SCALE_RATE}])
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _warm_linear(steps, recipe.warmup))
     weight_ivf: float | None = None
     for step, batch in enumerate(_batches(stored, taught, recipe, steps)):
-        loss_ivf, loss_pq = student.losses(batch, recipe)
+        loss_ivf, loss_pq = student.losses(batch, recipe.arm)
         if weight_ivf is None:  # both objectives count the same in the beginning, of every fit anew
             weight_ivf = float(loss_pq.detach()) / (float(loss_ivf.detach()) + 1e-6)
         loss = loss_pq + weight_ivf * loss_ivf
@@ -150,7 +164,7 @@ def taught(
     back = np.arange(len(queries)) % 16 == 15
     if not back.any():
         back[:] = True
-    unseen, seen = (Lesson(*(part[mask] for part in known)) for mask in (back, ~back if not back.all() else back))
+    unseen, seen = known.some(back), known.some(~back if not back.all() else back)
     learned = distill(start, stored, seen, progress, recipe)
     return learned if loss_of(learned, stored, unseen, recipe) < loss_of(start, stored, unseen, recipe) else None
 
@@ -158,9 +172,9 @@ def taught(
 def loss_of(quantizers: Quantizers, stored: Stored, known: Lesson, recipe: Recipe) -> float:
     """The ListNet loss of quantized documents, over the candidates of every query of `known`."""
     student = _Student(quantizers, torch.device("cpu"))
-    alike, steps = replace(recipe, arm="listnet"), -(-len(known.queries) // recipe.batch)
+    steps = -(-len(known.queries) // recipe.batch)
     with torch.no_grad(), _threads():
-        losses = [float(student.losses(batch, alike)[1]) for batch in _batches(stored, known, alike, steps)]
+        losses = [float(student.losses(batch, "listnet")[1]) for batch in _batches(stored, known, recipe, steps)]
     return float(np.mean(losses))
 
 
@@ -168,6 +182,7 @@ class _Batch(NamedTuple):
     queries: Matrix  # (B, D)
     documents: Matrix  # (N, D), each once
     positives: Numbers  # (B,) places among the documents
+    tau: float
 
 
 def _batches(stored: Stored, taught: Lesson, recipe: Recipe, steps: int) -> Iterator[_Batch]:
@@ -182,7 +197,7 @@ def _batches(stored: Stored, taught: Lesson, recipe: Recipe, steps: int) -> Iter
         drawn = np.take_along_axis(taught.best[picked], drawn, 1)
         positives = taught.positives[picked]
         candidates, places = np.unique(np.concatenate([positives, drawn.ravel()]), return_inverse=True)
-        yield _Batch(taught.queries[picked], stored.gather(candidates), places[:size])
+        yield _Batch(taught.queries[picked], stored.gather(candidates), places[:size], recipe.tau * taught.spread)
 
 
 class _Student:
@@ -193,41 +208,53 @@ class _Student:
             return torch.tensor(array, device=device, requires_grad=True)
 
         self.device = device
-        self.rotation = torch.tensor(start.rotation, device=device)
+        self.turns = [torch.tensor(turn, device=device) for turn in (other_side(start.turn), start.turn)]
         self.frozen = torch.tensor(start.centroids, device=device)  # decides which centroid a document has
         self.centroids = parameter(start.centroids)
         self.codebooks = parameter(start.codebooks)
+        # Quantized vectors are shorter than their originals, which no ranking sees: the loss shall not either.
+        self.scales = torch.zeros(2, device=device, requires_grad=True)
         self.width: float | None = None  # of the soft assignment
 
-    def losses(self, batch: _Batch, recipe: Recipe) -> tuple[Tensor, Tensor]:
+    def losses(self, batch: _Batch, arm: str) -> tuple[Tensor, Tensor]:
         """(centroids alone, centroids and codewords)."""
-        queries, documents = (torch.from_numpy(m).to(self.device) @ self.rotation.T for m in batch[:2])
+        queries, documents = (
+            torch.from_numpy(rows).to(self.device) @ turn.T for rows, turn in zip(batch[:2], self.turns, strict=True)
+        )
         positives = torch.from_numpy(batch.positives).to(self.device)
-        teacher = queries @ documents.T / recipe.tau
+        teacher = queries @ documents.T / batch.tau
         coarse = self.centroids[(documents @ self.frozen.T).argmax(1)]
         whole = coarse + self._quantized(documents - coarse)
         ivf, pq = (
-            distill_vq_loss(queries @ approximate.T / recipe.tau, teacher, recipe.arm, positives)
-            for approximate in (coarse, whole)
+            distill_vq_loss(scale.exp() * (queries @ approximate.T) / batch.tau, teacher, arm, positives)
+            for approximate, scale in zip((coarse, whole), self.scales, strict=True)
         )
         return ivf, pq
 
     def _quantized(self, residuals: Tensor) -> Tensor:
-        """(N, D): the nearest codeword of every part; gradients flow as if the choice were soft (straight-through)."""
-        books = self.codebooks
-        parts = residuals.view(len(residuals), len(books), -1).transpose(0, 1)  # (M, N, D / M)
-        distances = books.square().sum(2)[:, None] - 2 * parts @ books.transpose(1, 2)  # (M, N, C) less |part|^2
+        """(N, D): the nearest codeword of every part; gradients flow as if the choice were soft (straight-through).
+
+        The soft choice is among the nearest few: the others would hardly weigh, and take four times as long.
+        """
+        books, width = self.codebooks, self.codebooks.shape[2]
+        parts = residuals.view(len(residuals), len(books), width).transpose(0, 1)  # (M, N, D / M)
+        with torch.no_grad():
+            distances = books.square().sum(2)[:, None] - 2 * parts @ books.transpose(1, 2)  # (M, N, C) less |part|^2
+            nearest = distances.topk(min(_NEAREST, books.shape[1]), 2, largest=False).indices  # (M, N, few)
+            nearest += torch.arange(len(books), device=self.device)[:, None, None] * books.shape[1]
+        chosen = F.embedding(nearest, books.reshape(-1, width))  # (M, N, few, D / M)
+        apart = (parts[:, :, None] - chosen).square().sum(3)
         if self.width is None:
-            two = distances.detach().topk(min(2, books.shape[1]), 2, largest=False).values
-            self.width = float((two[..., -1] - two[..., 0]).mean()) or 1.0
-        soft = (-distances / self.width).softmax(2)
-        hard = F.one_hot(distances.argmin(2), books.shape[1]).to(soft)
-        chosen = (hard + soft - soft.detach()) @ books  # (M, N, D / M)
-        return chosen.transpose(0, 1).reshape(residuals.shape)
+            self.width = max(float((apart[..., 1] - apart[..., 0]).detach().mean()), TIE**2)
+        soft = (-apart / self.width).softmax(2)
+        hard = torch.zeros_like(soft)
+        hard[..., 0] = 1
+        weights = (hard + soft - soft.detach())[..., None]
+        return (weights * chosen).sum(2).transpose(0, 1).reshape(residuals.shape)
 
     def learned(self, start: Quantizers) -> Quantizers:
         centroids, codebooks = (p.detach().cpu().numpy() for p in (self.centroids, self.codebooks))
-        return Quantizers(start.rotation, np.ascontiguousarray(centroids), np.ascontiguousarray(codebooks))
+        return Quantizers(start.turn, np.ascontiguousarray(centroids), np.ascontiguousarray(codebooks))
 
 
 @contextmanager

@@ -16,7 +16,7 @@ import faiss as untyped_faiss
 import numpy as np
 from numpy.typing import NDArray
 
-from indexers.product import CODEWORDS, empty_index, fitted, quantizers_of, spread
+from indexers.product import CODEWORDS, Quantizers, empty_index, fitted, other_side, quantizers_of
 from indexers.queries import MOST, perturbed
 from indexers.scan import Numbers, Scores, Stored
 from indexers.specs import Spec
@@ -69,13 +69,17 @@ class Lists:
     spec: Spec
 
     def train(self, sample: Matrix) -> Trained:
+        fit, notes = self._fitted(sample, None)
+        return Trained(empty_index(fit), notes)
+
+    def _fitted(self, sample: Matrix, queries: Matrix | None) -> tuple[Quantizers, tuple[str, ...]]:
         rows, wanted, notes = len(sample), self.spec.keys["nlist"], []
         lists = min(wanted, rows)
         if lists < wanted:
             notes.append(f"{rows} vectors to train on: nlist is {lists}, not {wanted}")
         if rows < CODEWORDS:
             notes.append(f"{rows} vectors to train {CODEWORDS} codewords: each vector counts several times")
-        return Trained(empty_index(fitted(sample, self.spec.keys["M"], lists)), tuple(notes))
+        return fitted(sample, self.spec.keys["M"], lists, queries=queries), tuple(notes)
 
     def probe(self, index: Any, queries: Matrix, fetch: int, effort: int, allowed: Any) -> tuple[Scores, Numbers]:
         """effort: lists visited (nprobe)."""
@@ -98,25 +102,27 @@ class Lists:
 class Distilled(Lists):
     """Lists and codes that are taught, after they were trained, to score as the stored vectors do."""
 
-    def teach(self, index: Any, stored: Stored, queries: Matrix | None, progress: Progress) -> Trained:
-        """An index to add to, learned from training queries (Q, D), or from what lies around the vectors."""
-        notes: list[str] = []
+    def teach(self, sample: Matrix, stored: Stored, queries: Matrix | None, progress: Progress) -> Trained:
+        """Learned from training queries (Q, D), or from what lies around the vectors. sample: (N, D) to start from."""
+        said: tuple[str, ...] = ()
         if len(stored) < CODEWORDS:
-            return Trained(index, (f"{len(stored)} vectors: too few to distil from, the codes stay as trained",))
+            start, notes = self._fitted(sample, None)
+            return Trained(empty_index(start), (*notes, f"{len(stored)} vectors are too few to distil from"))
         if queries is None:
-            notes.append("no queries to learn from: learned from vectors drawn around the stored ones")
-            queries = perturbed(stored.gather(spread(len(stored), MOST)), min(MOST, DRAWN * len(stored)), seed=0)
+            said = ("no queries to learn from: learned from vectors drawn around the stored ones",)
+            queries = perturbed(sample, min(MOST, DRAWN * len(sample)), seed=0)
         from indexers import distill_vq  # brings torch, which serving does without
 
-        start = quantizers_of(index)
+        start, notes = self._fitted(sample, queries)
         learned = distill_vq.taught(start, stored, queries, progress)
         if learned is None:
-            return Trained(index, (*notes, "what was learned scored no better: the codes stay as trained"))
-        return Trained(empty_index(learned), tuple(notes))
+            said = (*said, "what was learned scored no better: the codes stay as trained")
+        return Trained(empty_index(learned or start), (*notes, *said))
 
     def like(self, index: Any) -> Any:
-        """An empty index with the quantizers of another, which costs no learning."""
-        return empty_index(quantizers_of(index))
+        """An empty index with the quantizers of another that is searched; costs no learning."""
+        searched = quantizers_of(index)
+        return empty_index(searched._replace(turn=other_side(searched.turn)))
 
     @property
     def efforts(self) -> tuple[int, ...]:

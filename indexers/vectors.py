@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from indexers.kinds import Distilled, Graph, Kind, kind_of, selector
-from indexers.product import spread
+from indexers.product import face, spread
 from indexers.scan import TIE, Chunks, Numbers, Scores, Stored, nearest, threads
 from indexers.specs import Spec as Spec
 from indexers.specs import parse_spec as parse_spec
@@ -149,16 +149,18 @@ class SideIndex:
         with threads(BUILD_THREADS if len(stored) >= _WORTH_THREADS else 1):
             if isinstance(kind, Distilled) and like is not None and like._codes is not None:
                 index, notes = kind.like(like._codes.index), like.measured.notes
+            elif isinstance(kind, Distilled):
+                sample = stored.gather(spread(seen, _SAMPLE_ROWS))
+                index, notes = kind.teach(sample, stored.until(seen), learning, progress)
             else:
                 index, notes = kind.train(stored.gather(spread(seen, _SAMPLE_ROWS)))
-                if isinstance(kind, Distilled):
-                    index, more = kind.teach(index, stored.until(seen), learning, progress)
-                    notes += more
             codes = Codes(kind, index)
             side = cls(spec, stored, codes, Measured())
             side._add(codes, 0, seen, progress)
             chosen, curve = side._measure(codes, seen, asked)
             side._add(codes, seen, len(stored), progress)
+            if isinstance(kind, Distilled):
+                face(index)
         side.measured = Measured(chosen.recall, chosen.effort, _bytes(index) / len(stored), notes, curve)
         return side
 
@@ -179,10 +181,14 @@ class SideIndex:
         k = min(_MEASURED_K, seen)
         truth = nearest(self._stored, queries, k, np.arange(seen))[0][:, k - 1 : k]
         curve = []
+        if isinstance(codes.kind, Distilled):
+            face(codes.index)
         for effort in codes.kind.efforts:
             curve.append(self._point(codes, queries, k, truth, effort))
             if curve[-1].recall >= _RECALL_WANTED:
                 break
+        if isinstance(codes.kind, Distilled):
+            face(codes.index)
         # Codes lose some however many lists are visited; what is left of the loss is not worth visiting all.
         wanted = _RECALL_WANTED if isinstance(codes.kind, Graph) else _OF_THE_BEST * max(p.recall for p in curve)
         return next((point for point in curve if point.recall >= wanted), curve[-1]), tuple(curve)

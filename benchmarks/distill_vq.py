@@ -1,0 +1,274 @@
+"""Distill-VQ beside what else compresses vectors, at equal bytes and equal nprobe.
+
+``python -m benchmarks.distill_vq [--spaces scifact] [--bytes 24] [--seeds 0,1,2]`` adds what is missing to
+docs/distill_vq.json, and draws docs/distill_vq.md and the plots from it; with ``--draw`` it only draws.
+What was measured once is not measured again, so a sweep that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Callable, Iterable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import faiss as untyped_faiss
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.vq_data import SPACES, Asked, Space, space
+from indexers.distill_vq import Lesson, Recipe, distill, lesson
+from indexers.product import Quantizers, empty_index, face, fitted
+from indexers.scan import Stored
+
+faiss: Any = untyped_faiss
+
+OUT = Path("docs/distill_vq.json")
+NLIST, NPROBE, K = 64, 16, 10
+BYTES = (24, 16, 32, 48, 96)
+METHODS = ("ivfpq", "opq+ivfpq", "rabitq", "sq8", "sq4", "contrastive, labels", "contrastive, first",
+           "distill, labels", "distill")  # fmt: skip
+LEARNED = METHODS[-4:]
+RECIPE = Recipe(steps=300)
+_IP = untyped_faiss.METRIC_INNER_PRODUCT
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--spaces", default=",".join(SPACES))
+    parser.add_argument("--bytes", default=",".join(map(str, BYTES)))
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--methods", default="|".join(METHODS))
+    parser.add_argument("--draw", action="store_true", help="only draw what has been measured")
+    given = parser.parse_args()
+    results: dict[str, Any] = json.loads(OUT.read_text()) if OUT.exists() else {}
+    if not given.draw:
+        for name, size, seed in _runs(given.spaces, given.bytes, given.seeds):
+            for method in given.methods.split("|"):
+                key = f"{name}|{size}|{method}|{seed}"
+                if key not in results and (row := measured(space_of(name), method, size, seed)) is not None:
+                    results[key] = row
+                    OUT.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
+                    print(key, row, flush=True)
+    from benchmarks.vq_report import write
+
+    write(results, {name: exact(name) for name in {key.split("|")[0] for key in results}})
+
+
+def _runs(spaces: str, sizes: str, seeds: str) -> Iterable[tuple[str, int, int]]:
+    """Every space once with every size before the next seed."""
+    for seed in map(int, seeds.split(",")):
+        for size in map(int, sizes.split(",")):
+            for name in spaces.split(","):
+                yield name, size, seed
+
+
+@cache
+def space_of(name: str) -> Space:
+    return space(name)
+
+
+@cache
+def exact(name: str) -> dict[str, Any]:
+    """What exact search reaches, the ceiling of all."""
+    held = space_of(name)
+    return {"measure": held.measure, "documents": len(held.documents), "queries": len(held.asked["test"].qrels),
+            "score": _quality(_truth(name, "test"), held.asked["test"], held.measure)}  # fmt: skip
+
+
+def measured(held: Space, method: str, size: int, seed: int, part: str = "test") -> dict[str, float] | None:
+    """Quality and overlap with exact search of one method; None where it has nothing to learn from."""
+    start = time.process_time()
+    index = made(held, method, size, seed)
+    if index is None:
+        return None
+    seconds = time.process_time() - start
+    index.add(held.documents)
+    if method in LEARNED:
+        face(index)
+    asked = held.asked[part]
+    found = searched(index, asked.vectors)
+    overlap = _overlap(found, _truth(held.name, part), asked)
+    return {
+        "score": round(_quality(found, asked, held.measure), 5),
+        "overlap": round(overlap, 5),
+        "bytes": code_bytes(index),
+        "cpu_s": round(seconds, 1),
+    }
+
+
+def code_bytes(index: Any) -> int:
+    """Of one vector, as FAISS holds it; its number takes eight more in every kind."""
+    return int(faiss.downcast_index(index.index).code_size)
+
+
+def searched(index: Any, queries: NDArray[np.float32]) -> NDArray[np.int64]:
+    """(Q, K + 1): one more, since a query may be a document."""
+    inner = faiss.SearchParametersIVF(nprobe=NPROBE)
+    if isinstance(faiss.downcast_index(index.index), faiss.IndexIVFRaBitQ):
+        inner = faiss.IVFRaBitQSearchParameters()
+        inner.nprobe, inner.qb = NPROBE, 8
+    numbers: NDArray[np.int64] = index.search(
+        queries, K + 1, params=faiss.SearchParametersPreTransform(index_params=inner)
+    )[1]
+    return numbers
+
+
+# --- the methods -----------------------------------------------------------------------------------
+
+
+def made(held: Space, method: str, size: int, seed: int) -> Any:
+    """A trained index of `size` bytes a vector, without vectors."""
+    documents = held.documents
+    dim = documents.shape[1]
+    if method in ("ivfpq", "opq+ivfpq"):
+        turn = _opq(dim, size) if method == "opq+ivfpq" else _identity(dim)
+        return _trained(turn, faiss.IndexIVFPQ(faiss.IndexFlatIP(dim), dim, NLIST, size, 8, _IP), documents, seed)
+    if method == "rabitq":
+        return _best_of(rabitqs(size, dim), documents, seed)
+    if method in ("sq8", "sq4"):
+        kept = min(dim, size if method == "sq8" else 2 * size)
+        bits = untyped_faiss.ScalarQuantizer.QT_8bit if method == "sq8" else untyped_faiss.ScalarQuantizer.QT_4bit
+        coded = faiss.IndexIVFScalarQuantizer(faiss.IndexFlatIP(kept), kept, NLIST, bits, _IP)
+        return _trained(faiss.PCAMatrix(dim, kept), coded, documents, seed)
+    taught = lesson_of(held.name, "labels" if "labels" in method else "windows")
+    if taught is None:
+        return None
+    arm = "contrastive" if method.startswith("contrastive") else "listnet"
+    start = started(held.name, size, seed, "labels" if "labels" in method else "windows")
+    recipe = Recipe(**{**{f: getattr(RECIPE, f) for f in Recipe.__slots__}, "arm": arm, "seed": seed})
+    return empty_index(distill(start, Stored([documents]), taught, _quiet, recipe))
+
+
+def _opq(dim: int, size: int) -> Any:
+    """FAISS's, with a fifth of its rounds: they take minutes, and the last of them change nothing here."""
+    turn = faiss.OPQMatrix(dim, size)
+    turn.niter, turn.niter_pq, turn.niter_pq_0 = 10, 4, 10
+    turn.pq = faiss.ProductQuantizer(dim, size, 8)
+    turn.pq.cp.min_points_per_centroid = 1
+    turn.pq.cp.max_points_per_centroid = 256
+    turn.own_pq = turn.pq  # FAISS holds a bare pointer
+    return turn
+
+
+def _identity(dim: int) -> Any:
+    turn = faiss.LinearTransform(dim, dim, False)
+    faiss.copy_array_to_vector(np.eye(dim, dtype=np.float32).ravel(), turn.A)
+    turn.is_trained = True
+    return turn
+
+
+def rabitqs(size: int, dim: int) -> list[tuple[int, int]]:
+    """(dimensions, bits) that fill `size` bytes: RaBitQ keeps factors beside the bits of a code."""
+    found = []
+    for bits in (1, 2, 4):
+        fitting = [
+            kept
+            for kept in range(8, dim + 1, 8)
+            if faiss.IndexIVFRaBitQ(faiss.IndexFlatIP(kept), kept, 1, _IP, True, bits).code_size <= size
+        ]
+        if fitting:
+            found.append((max(fitting), bits))
+    return found
+
+
+def _best_of(shapes: list[tuple[int, int]], documents: NDArray[np.float32], seed: int) -> Any:
+    """The shape that finds most neighbours of the documents' own: what a user of RaBitQ would choose."""
+    asked = documents[:: max(1, len(documents) // 500)]
+    truth = np.argsort(-(asked @ documents.T), axis=1, kind="stable")[:, : K + 1]
+    best: tuple[float, Any] = (-1.0, None)
+    for kept, bits in shapes:
+        dim = documents.shape[1]
+        turn = faiss.PCAMatrix(dim, kept, 0, True)
+        coded = faiss.IndexIVFRaBitQ(faiss.IndexFlatIP(kept), kept, NLIST, _IP, True, bits)
+        index = _trained(turn, coded, documents, seed)
+        index.add(documents)
+        same = np.mean([len(set(a) & set(b)) for a, b in zip(searched(index, asked), truth, strict=True)])
+        best = max(best, (float(same), index), key=lambda pair: pair[0])
+    best[1].reset()
+    return best[1]
+
+
+def _trained(turn: Any, inverted: Any, documents: NDArray[np.float32], seed: int) -> Any:
+    inverted.cp.seed += seed
+    inverted.cp.min_points_per_centroid = 1
+    if hasattr(inverted, "pq"):
+        inverted.pq.cp.seed += seed
+        inverted.pq.cp.min_points_per_centroid = 1
+    index = faiss.IndexPreTransform(turn, inverted)
+    if seed:  # OPQ and PCA draw nothing: another order of the documents is another start
+        documents = documents[np.random.default_rng(seed).permutation(len(documents))]
+    index.train(documents)
+    return index
+
+
+@cache
+def started(name: str, size: int, seed: int, source: str) -> Quantizers:
+    """Where all that learn from these queries start."""
+    taught = lesson_of(name, source)
+    return fitted(space_of(name).documents, size, NLIST, seed, None if taught is None else taught.queries)
+
+
+@cache
+def lesson_of(name: str, source: str) -> Lesson | None:
+    """Labelled train queries with their documents, or windows with what exact search finds first."""
+    held = space_of(name)
+    if source == "windows":
+        return lesson(Stored([held.documents]), held.windows, RECIPE.best, _quiet)
+    asked = held.asked.get("train")
+    if asked is None:
+        return None
+    judged = [max(q, key=lambda d: q[d]) if q else -1 for q in asked.qrels]
+    known = np.array([d >= 0 for d in judged])
+    queries, positives = asked.vectors[known], np.array(judged, np.int64)[known]
+    return lesson(Stored([held.documents]), queries, RECIPE.best, _quiet, positives)
+
+
+def _quiet(phase: str, done: int, total: int | None) -> None:
+    """Progress that nobody watches."""
+
+
+# --- the measures ----------------------------------------------------------------------------------
+
+
+@cache
+def _truth(name: str, part: str) -> NDArray[np.int64]:
+    held = space_of(name)
+    scores = held.asked[part].vectors @ held.documents.T
+    return np.argsort(-scores, axis=1, kind="stable")[:, : K + 1]
+
+
+def _others(found: NDArray[np.int64], own: int) -> list[int]:
+    """The first K that are not the query itself."""
+    return [int(d) for d in found if d != own and d >= 0][:K]
+
+
+def _overlap(found: NDArray[np.int64], truth: NDArray[np.int64], asked: Asked) -> float:
+    """Share of the exact ten best that are found."""
+    pairs = zip(found, truth, asked.own, strict=True)
+    return float(np.mean([len(set(_others(f, own)) & set(_others(t, own))) / K for f, t, own in pairs]))
+
+
+def _quality(found: NDArray[np.int64], asked: Asked, measure: str) -> float:
+    score: Callable[[list[int], dict[int, int]], float] = _ndcg if measure == "nDCG@10" else _recall
+    rows = zip(found, asked.qrels, asked.own, strict=True)
+    return float(np.mean([score(_others(f, own), judged) for f, judged, own in rows if judged]))
+
+
+def _ndcg(found: list[int], judged: dict[int, int]) -> float:
+    gains = [judged.get(d, 0) / np.log2(rank + 2) for rank, d in enumerate(found)]
+    best = sorted(judged.values(), reverse=True)[:K]
+    return float(sum(gains) / sum(grade / np.log2(rank + 2) for rank, grade in enumerate(best)))
+
+
+def _recall(found: list[int], judged: dict[int, int]) -> float:
+    return sum(d in judged for d in found) / len(judged)
+
+
+if __name__ == "__main__":
+    faiss.omp_set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+    main()
