@@ -84,7 +84,7 @@ class System:
 
 
 def ndcg(scores: Mapping[str, Scores], task: Task, ids: Sequence[str]) -> dict[str, float]:
-    """nDCG@10 of every query, averaged over all orders of the ties. Scores of 0 are no hits, nor is a query's own id."""
+    """nDCG@10 of every query, over all orders of the ties. Scores of 0 are no hits, nor is a query's own id."""
     numbers = {id: row for row, id in enumerate(ids)}
     out = {}
     for query, grades in task.grades.items():
