@@ -8,7 +8,7 @@ Shapes: B of a batch, N candidates, K mined ones, D dimensions.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, Protocol
@@ -350,19 +350,22 @@ def graded(reports: Reports, part: str) -> tuple[NDArray[np.int64], NDArray[np.i
 # ---- films find reports
 
 
+Pairs = Callable[[Tensor, Tensor], Tensor]  # films and reports by number -> scores of their broadcast shape
+
+
 class Films:
-    """Films find their reports and back. Teacher: the Tversky matrix of the reports, or any (M, N) scores."""
+    """Films find their reports and back. Teacher: the Tversky matrix of the reports, or what reads pairs of films and
+    reports by number (`benchmarks.methods_fusion.Matcher`)."""
 
     shared = False
 
-    def __init__(self, reports: Reports, pictures: Pictures, teacher: NDArray[np.float32] | None = None) -> None:
+    def __init__(self, reports: Reports, pictures: Pictures, teacher: Pairs | None = None) -> None:
         self.reports, self.pictures, self.dim = reports, pictures, pictures.films.shape[1]
         self.films, self.whole = torch.from_numpy(pictures.films), torch.from_numpy(reports.whole)
         self.owner = torch.from_numpy(pictures.owner)
         part = reports.part[pictures.owner]
         self.fit = np.flatnonzero(part == "fit")
-        self.teacher = torch.from_numpy(reports.tversky if teacher is None else teacher)
-        self.by_film = teacher is not None
+        self.tversky, self.teacher = torch.from_numpy(reports.tversky), teacher
         self.twins = same(reports.keys, reports.keys)
         self._seen: tuple[Tensor, Tensor] = (torch.zeros(0), torch.zeros(0))
 
@@ -395,24 +398,29 @@ class Films:
 
     def _taught(self, rows: Tensor, chosen: Tensor, texts_wanted: bool) -> Tensor:
         """(B, K) teacher scores of film against text, whichever of them asks."""
-        if not self.by_film:
-            return self.teacher[self.owner[rows][:, None], self.owner[chosen]]
+        if self.teacher is None:
+            return self.tversky[self.owner[rows][:, None], self.owner[chosen]]
         if texts_wanted:
-            return self.teacher[rows[:, None], self.owner[chosen]]
-        return self.teacher[chosen, self.owner[rows][:, None]]
+            return self.teacher(rows[:, None], self.owner[chosen])
+        return self.teacher(chosen, self.owner[rows][:, None])
 
     def taught(self, part: str) -> Taught:
-        """Of films against reports: the teacher's scores and the untouched student's."""
+        """Of films against reports: by shared findings for the Tversky matrix, by the film's own report for pairs."""
         rows, grades = graded(self.reports, part)
         films = np.flatnonzero(self.reports.part[self.pictures.owner] == part)
         owner = self.pictures.owner[films]
         place = {row: n for n, row in enumerate(rows)}
-        grades = grades[[place[o] for o in owner]]
         cosines = self.pictures.films[films] @ self.reports.whole[rows].T
-        teacher = self.teacher.numpy()[films if self.by_film else owner][:, rows]
-        cosines[self.twins.numpy()[owner][:, rows]] = -1.0
+        right = self.twins.numpy()[owner][:, rows]
+        grades = grades[[place[o] for o in owner]] if self.teacher is None else right.astype(np.int64)
+        if self.teacher is None:
+            cosines[right] = -1.0
         columns = np.argsort(-cosines, axis=1, kind="stable")[:, :DEPTH]
-        return _taught(*(np.take_along_axis(m, columns, 1) for m in (teacher, cosines, grades)))
+        if self.teacher is None:
+            teacher = np.take_along_axis(self.tversky.numpy()[owner][:, rows], columns, 1)
+        else:
+            teacher = self.teacher(torch.from_numpy(films)[:, None], torch.from_numpy(rows[columns])).numpy()
+        return _taught(teacher, *(np.take_along_axis(m, columns, 1) for m in (cosines, grades)))
 
     def values(self, heads: Heads, part: str) -> dict[str, Values]:
         films, texts = heads.left(self.films).numpy(), heads.right(self.whole).numpy()
