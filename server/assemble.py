@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar, cast
@@ -15,7 +15,18 @@ from typing import Any, Generic, Literal, TypeVar, cast
 from retrieval.engine import Parts
 from retrieval.errors import BackendError
 from retrieval.ingest import Ingest
-from retrieval.types import Encoder, FindingsScore, ImageSource, Linker, Picture, Prepare, Scorer, SpaceInfo
+from retrieval.types import (
+    Encoder,
+    FindingsScore,
+    ImageSource,
+    Item,
+    Linker,
+    Matrix,
+    Picture,
+    Prepare,
+    Scorer,
+    SpaceInfo,
+)  # fmt: skip
 from server.backends import Backend, Held, backend_of
 from server.settings import Settings
 
@@ -83,9 +94,19 @@ class Models:
         self._made: dict[tuple[str | None, ...], Any] = {}
         self._lock = threading.RLock()
 
-    def backend(self, folder: Path, asked: str | None = None) -> Backend:
-        """Where the collection in `folder` lives, or is to live."""
-        return backend_of(folder, self.settings, asked)
+    def backend(self, folder: Path, asked: str | None = None, config: Config | None = None) -> Backend:
+        """Where the collection in `folder` lives, or is to live. config: what it is about to be built with."""
+        return backend_of(folder, self.settings, asked, None if config is None else self.ask(config))
+
+    def ask(self, config: Config) -> Callable[[str, Sequence[str]], Matrix | None]:
+        """Makes (Q, D) queries of texts in a space of a collection; None where that space takes no texts."""
+
+        def ask(space: str, texts: Sequence[str]) -> Matrix | None:
+            encoder, items = self.encoders(config)[0].get(space), [Item(text=text) for text in texts]
+            able = encoder is not None and items and all(map(encoder.handles, items))
+            return encoder.encode_queries(items) if encoder is not None and able else None
+
+        return ask
 
     def index(self, folder: Path) -> Held:
         """The index of the collection in `folder`. Raises NotFound where nothing was published."""

@@ -17,6 +17,7 @@ from server.settings import Settings
 
 if TYPE_CHECKING:
     from indexers.elastic_index import Place
+    from indexers.queries import Ask
     from indexers.rebuild import Summary
 
 EMBEDDED = "embedded"
@@ -64,9 +65,10 @@ class Backend(Protocol):
     def delete(self) -> None: ...
 
 
-def backend_of(folder: Path, settings: Settings, asked: str | None = None) -> Backend:
+def backend_of(folder: Path, settings: Settings, asked: str | None = None, ask: Ask | None = None) -> Backend:
     """Where the collection in `folder` lives; a new one where `asked` says, in the folder if it says nothing.
 
+    ask: makes queries of texts, for a vector index that learns from them.
     Raises Conflict where it lives elsewhere than was asked, Invalid for what is neither `embedded` nor a URL.
     """
     there = _kept(folder)
@@ -80,7 +82,7 @@ def backend_of(folder: Path, settings: Settings, asked: str | None = None) -> Ba
             "backend",
         )
     where = there or asked or EMBEDDED
-    return InFolder(folder) if where == EMBEDDED else OnCluster(folder, where, settings)
+    return InFolder(folder, ask) if where == EMBEDDED else OnCluster(folder, where, settings)
 
 
 def _kept(folder: Path) -> str | None:
@@ -95,8 +97,8 @@ def _kept(folder: Path) -> str | None:
 class InFolder:
     """The embedded index."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, ask: Ask | None = None) -> None:
+        self.folder, self.ask = folder, ask
 
     def open(self) -> Held:
         from indexers.embedded import open_index
@@ -114,14 +116,16 @@ class InFolder:
     def build(self, items: Items, prepare: Prepare, made: Made) -> Summary:
         from indexers.rebuild import build
 
-        return build(self.folder, items, prepare, **made)
+        return build(self.folder, items, prepare, ask=self.ask, **made)
 
     def rebuild(
         self, vector_index: str | None, config: Mapping[str, Any], progress: Progress, gate: Gate | None
     ) -> Summary:
         from indexers.rebuild import rebuild
 
-        return rebuild(self.folder, vector_index=vector_index, config=config, progress=progress, gate=gate)
+        return rebuild(
+            self.folder, vector_index=vector_index, config=config, progress=progress, gate=gate, ask=self.ask
+        )
 
     def rollback(self) -> int:
         from indexers.rebuild import rollback

@@ -14,6 +14,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -193,7 +194,7 @@ class Home:
         backend: `embedded` or the URL of a cluster; None where the collection lives already, else `embedded`.
         """
         folder = self.folder(name)
-        place = self.models.backend(folder, backend)
+        place = self.models.backend(folder, backend, config)
         self._must_be_writable(folder)
         self.check_vector_index(config.vector_index)
         parts = self.models.parts(config, shipped_weights())
@@ -257,11 +258,12 @@ class Home:
         progress: Progress,
     ) -> Summary:
         """A new generation of the same documents and vectors; nothing is encoded again."""
-        config = self.config(name).json()
+        config = self.config(name)
         if vector_index is not None:
-            config["vector_index"] = vector_index
+            config = replace(config, vector_index=vector_index)
         self._must_be_writable(self.folder(name))
-        done = self.models.backend(self.folder(name)).rebuild(vector_index, config, progress, gate)
+        place = self.models.backend(self.folder(name), config=config)
+        done = place.rebuild(vector_index, config.json(), progress, gate)
         self._calibrate(name, progress, anew=False)
         return done
 
