@@ -67,16 +67,19 @@ class Work(NamedTuple):
     queries: list[Query]
     qrels: Qrels
 
+    @property
+    def folder(self) -> Path:
+        """Where what is made of these documents is kept."""
+        return HOME / str(len(self.documents))
+
     def text(self, number: int) -> str:
         return self.queries[number % len(self.queries)].parts[0].text
 
 
 def main() -> None:
-    seconds = arguments().seconds
-    source = read_source(data() / "scifact")
-    qrels = source.qrels("test")
-    documents = [document for document in source.documents() if isinstance(document, Document)]
-    work = Work(documents, [query for query in source.queries() if query.id in qrels], qrels)
+    options = arguments()
+    seconds = options.seconds
+    work = work_of(options.documents)
     rows = [["engine", "clients", "queries/s", "p50 ms", "p95 ms", "p99 ms", f"R@{K}", "MiB"], ["---"] * 8]
     spent = ""
     for name, engine in (("Lightbox", lightbox), ("txtai, hybrid", txtai), ("Chroma, vectors only", chroma)):
@@ -93,8 +96,19 @@ def main() -> None:
     rows += [["bare loop, no HTTP", f"batches of {b}", f"{rate:.0f}", *[""] * 5] for b, rate in loops.items()]
     table = "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
     machine = f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the end of the run.\n"
-    OUT.write_text(f"{INTRODUCTION}{table}\n{spent}\n{machine}")
+    introduction = INTRODUCTION.format(documents=len(work.documents))
+    OUT.write_text(f"{introduction}{table}\n{spent}\n{machine}")
     print(OUT.read_text())
+
+
+def work_of(count: int | None) -> Work:
+    """SciFact and its test queries; of fewer documents than there are, those that are judged come first."""
+    source = read_source(data() / "scifact")
+    qrels = source.qrels("test")
+    documents = [document for document in source.documents() if isinstance(document, Document)]
+    judged = {id for grades in qrels.values() for id in grades}
+    documents.sort(key=lambda document: document.id not in judged)
+    return Work(documents[:count], [query for query in source.queries() if query.id in qrels], qrels)
 
 
 def where_it_goes(running: Running, found: Measured, clients: int) -> str:
@@ -116,6 +130,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--seconds", type=float, default=15.0, help="of asking, for every engine and number of clients"
     )
+    parser.add_argument("--documents", type=int, help="of SciFact's 5,183, where indexing them all takes too long")
     return parser.parse_args()
 
 
@@ -222,7 +237,7 @@ def free_port() -> int:
 
 def home_with(work: Work) -> Home:
     """Our collection, kept between runs."""
-    home = Home(Settings(home=HOME, cache=Path(".bench/home/cache")))
+    home = Home(Settings(home=work.folder, cache=Path(".bench/home/cache")))
     if "scifact" not in home.names():
         home.index("scifact", work.documents, CONFIG, progress=silent)
     return home
@@ -237,7 +252,7 @@ def lightbox(work: Work) -> Iterator[Running | None]:
         return "POST", "/v1/collections/scifact/search", {"query": [{"text": text}], "k": K, "highlight": False}
 
     command = [sys.executable, "-c", "from server.cli import main; main()", "serve", "--port", str(port)]
-    settings = {"LIGHTBOX_HOME": str(HOME), "LIGHTBOX_CACHE": ".bench/home/cache"}
+    settings = {"LIGHTBOX_HOME": str(work.folder), "LIGHTBOX_CACHE": ".bench/home/cache"}
     with process(command, port, "/livez", **settings) as pid:
         took: dict[str, list[float]] = defaultdict(list)
 
@@ -255,8 +270,8 @@ def txtai(work: Work) -> Iterator[Running | None]:
     if python is None:
         yield None
         return
-    HOME.mkdir(parents=True, exist_ok=True)
-    config, index, port = HOME / "txtai.yml", (HOME / "txtai").resolve(), free_port()
+    work.folder.mkdir(parents=True, exist_ok=True)
+    config, index, port = work.folder / "txtai.yml", (work.folder / "txtai").resolve(), free_port()
     embeddings = f"embeddings:\n  path: {packaged()}\n  hybrid: true\n  content: true\n"
     config.write_text(f"writable: true\npath: {index}\n{embeddings}")
     command = [python, "-m", "uvicorn", "--port", str(port), "--log-level", "error", "txtai.api:app"]
@@ -280,7 +295,7 @@ def chroma(work: Work) -> Iterator[Running | None]:
         yield None
         return
     encoder = text_encoder(None, Path(".bench/home/cache"))
-    folder, port = HOME / "chroma", free_port()
+    folder, port = work.folder / "chroma", free_port()
     vectors = folder / "vectors.npz"
     if not vectors.exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -332,12 +347,13 @@ def bare_loop(work: Work, seconds: float, batch: int) -> float:
     return done / (time.perf_counter() - start)
 
 
-INTRODUCTION = f"""\
+INTRODUCTION = """\
 # Many at once
 
-`python -m benchmarks.service`: the {K} best of SciFact's 5,183 documents for its test queries, all-MiniLM-L6-v2
-everywhere, words and vectors together where the engine can. Clients and server share the machine; a client asks its
-next query when it has the answer to the last. Memory is the server process's resident set after the run.
+`python -m benchmarks.service`: the ten best of {documents:,} documents of SciFact for its test queries, all-
+MiniLM-L6-v2 everywhere, words and vectors together where the engine can. Clients and server share the machine; a
+client asks its next query when it has the answer to the last. Memory is the server process's resident set after the
+run.
 
 """
 

@@ -78,12 +78,12 @@ class Stored:
 
     def scores(self, queries: Matrix, numbers: Numbers) -> Scores:
         """Inner products of queries (Q, D) with the rows of `numbers` (Q, K), where -1 gives -inf."""
+        if len(self.chunks) == 1:
+            return _inner_products(queries, self.chunks[0], numbers)
         best = np.full(numbers.shape, -np.inf, np.float32)
         for start, chunk in zip(self.starts, self.chunks, strict=False):
-            here = numbers
-            if len(self.chunks) > 1:
-                here = numbers - start
-                here[(here < 0) | (here >= len(chunk))] = -1
+            here = numbers - start
+            here[(here < 0) | (here >= len(chunk))] = -1
             np.maximum(best, _inner_products(queries, chunk, here), out=best)
         return best
 
