@@ -136,7 +136,7 @@ fusions = st.one_of(
                 st.none(),
                 st.dictionaries(
                     st.sampled_from(["lexical", "dense", "ontology"]), st.sampled_from([0.0, 0.3, 1.0]), min_size=1
-                ),
+                ).filter(lambda weights: any(weights.values())),
             ),
         }
     ),
