@@ -44,13 +44,15 @@ _STOP = Role("stop")
 _PRONOUNS = bag("this that it these those they which all both none each either who now then later")
 _AUXILIARIES = bag(
     "is are was were be been being seems appears appear remains remain felt thought considered deemed judged believed "
-    "also very highly still clinically radiographically highly therefore most has have had to would should will may "
-    "might could can"
+    "initially originally first briefly strongly also very highly still clinically radiographically highly therefore "
+    "most has have had to would should will may might could can"
 )
+_SUSPECTED = bag("suspected questioned entertained raised feared possible")  # "was suspected, but this was ruled out"
 _NEAR = 4  # words that a near cue reaches over
 _FAR_BACK = 14  # words that a cue behind the finding reaches back over
 _PREFIX = re.compile(r"(?:\b(?:non|no|not)-?|\bnon )$", re.IGNORECASE)
 _MINUS, _PLUS = re.compile(r"(?<!\S)-$"), re.compile(r"(?<!\S)\+\s?[A-Za-z]")  # "+cough, -fever"
+_EMPTY_BOX = re.compile(r"(?:\[ ?\]|\( ?\)|☐) ?$")
 _INSIDE = frozenset(["not", "no", "without"])
 
 _SECTION = re.compile(
@@ -197,6 +199,8 @@ class _Sentence:
 
     def _prefixed(self, span: tuple[int, int], target: range) -> bool:
         before = self.text[max(self.start, span[0] - 5) : span[0]]
+        if _EMPTY_BOX.search(self.text, max(0, span[0] - 5), span[0]):
+            return True
         if _PREFIX.search(before) and not before.endswith(" "):
             return True
         if _MINUS.search(before) and _PLUS.search(self.text, self.start, self.end):
@@ -352,8 +356,11 @@ class _Sentence:
         while between and between[-1] in _AUXILIARIES:
             between.pop()
         if between and between[-1] in _PRONOUNS | {"but", "however"}:
+            taken_up = between[-1] in _PRONOUNS
             while between and (between[-1] in _PRONOUNS or between[-1] in ("but", "however", ",")):
                 between.pop()
+            if taken_up and all(word in _AUXILIARIES or word in _SUSPECTED for word in between):
+                between = []
         return between
 
     def _stated_before(self, target: range) -> bool:

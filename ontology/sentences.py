@@ -16,7 +16,10 @@ _CANDIDATE = re.compile(
     r"|(?<=[a-z] )(?P<field>[A-Z][a-z]+(?: [A-Za-z]+){0,2}:)"
     r"|(?P<bullet>[•●▪◦])"
 )
-_ANSWER = re.compile(r"(?:no|none|yes|negative|unlikely|doubtful|denie[sd])\b[.,;]?(?!\s+[a-z])", re.IGNORECASE)
+_ANSWER = re.compile(
+    r"(?:a(?:nswer)?:\s*)?(?:no|none|yes|negative|unlikely|doubtful|denie[sd])\b[.,;]?(?!\s+[a-z])", re.IGNORECASE
+)
+_LETTER_ANSWER = re.compile(r":\s?[ynYN]$")
 _WORD_BEFORE = re.compile(r"[A-Za-z0-9.'/-]+$")
 _ABBREVIATIONS = bag(
     "dr drs mr mrs ms vs v approx e.g i.e eg ie pt st jr sr fig prof ca cf al resp assoc dept incl esp temp "
@@ -97,7 +100,7 @@ def _ends_sentence(text: str, start: int, end: int) -> bool:
         return False
     glued = end < len(text) and not text[end].isspace()
     if len(word) == 1 and word.isalpha():
-        return not glued and _opens(rest)
+        return not glued and (_opens(rest) or bool(_LETTER_ANSWER.search(text, max(0, start - 4), start)))
     if "." in word and word[-2:-1] == ".":  # p.o., C.O.P.D.
         return not glued and (not rest or rest[0].isupper())
     return True

@@ -384,7 +384,7 @@ class _Columns:
         """Dice index of the denied sets, for these rows."""
         both = self._total({c: (self.denied[c], 1.0) for c in query.denied if c in self.denied})[rows]
         either = self.denials[rows] + np.float32(len(query.denied))
-        return 2 * both / np.maximum(either, np.float32(1))
+        return np.asarray(2 * both / np.maximum(either, np.float32(1)))
 
     def _contradicted(self, query: Profile) -> Scores:
         columns = {c: (self.asserted[c], self.by.weight(c)) for c in query.denied if c in self.asserted}
