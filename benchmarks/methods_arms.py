@@ -26,7 +26,7 @@ from encoders.cprd import cprd_loss, listmle_loss
 from encoders.dbl import Momentum, boosted, dbl_absolute, dbl_relative, frozen, hinge_loss
 from encoders.mining import Among, mine
 from encoders.scores import reliability, teacher_scores
-from encoders.unime import hard_negatives, tdd_loss
+from encoders.unime import hard_negative_loss, tdd_loss
 from retrieval.types import Document, Item, Matrix, Scorer
 
 KINDS: tuple[Among, ...] = ("hard", "random", "easy")
@@ -557,8 +557,7 @@ class Sections:
         seed = torch.Generator().manual_seed(how.seed * 1_000 + step)
         beta = float("inf") if how.beta is None else how.beta
         kind = among(how.arm)
-        loss, _ = hard_negatives(scores, k=8, beta=beta, temperature=how.tau, alike=alike, among=kind, draw=seed)
-        return loss
+        return hard_negative_loss(scores, k=8, beta=beta, temperature=how.tau, alike=alike, among=kind, draw=seed)
 
     def values(self, heads: Heads, part: str) -> dict[str, Values]:
         rows = self.rows[part]

@@ -72,6 +72,9 @@ of 32 queries a step. End-to-end results are in [results](results.md).
 
 def _ranked(name: str, found: Figures) -> Iterable[str]:
     yield from _teacher(found)
+    if "arms" not in found:
+        yield "On `validate` it is no better than the towers either, so no arm was trained by it.\n"
+        return
     measures = list(found["untouched"])
     main = found["main"]
     shown = [main] + [m for m in measures if m != main and not m.endswith("report_images RR")]

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from encoders.contrastive import kl_loss
-from encoders.mining import Among, Counts, mine
+from encoders.mining import Among, Mined, mine
 from retrieval.errors import InputError
 
 
@@ -69,32 +69,29 @@ def hard_negative_loss(
     >>> hard_negative_loss(scores, k=1, temperature=1.0).item() == torch.tensor(2.0).log().item()
     True
     """
-    loss, _ = hard_negatives(scores, k=k, beta=beta, temperature=temperature, alike=alike, among=among, draw=draw)
-    return loss
+    if temperature <= 0:
+        raise InputError(f"temperature {temperature}: it must be above 0")
+    mined = hard_negatives(scores, k, beta, alike, among, draw)
+    has = mined.found > 0  # (B,)
+    negatives = scores.gather(1, mined.columns.clamp(min=0))  # (B, K)
+    rows = torch.cat([scores.diagonal()[:, None], negatives], 1) / temperature  # (B, 1 + K)
+    first = torch.zeros(len(rows), dtype=torch.long, device=rows.device)
+    loss = functional.cross_entropy(rows, first, reduction="none")  # (B,)
+    return (loss * has).sum() / has.sum().clamp(min=1)
 
 
 def hard_negatives(
     scores: Tensor,
-    *,
-    k: int = 8,
-    beta: float = 0.1,
-    temperature: float = 0.02,
+    k: int,
+    beta: float,
     alike: Tensor | None = None,
     among: Among = "hard",
     draw: torch.Generator | None = None,
-) -> tuple[Tensor, Counts]:
-    """`hard_negative_loss`, and how many candidates were masked, filtered and duplicated."""
-    if temperature <= 0:
-        raise InputError(f"temperature {temperature}: it must be above 0")
+) -> Mined:
+    """What `hard_negative_loss` contrasts each positive with; the counts say what was masked, filtered, repeated."""
     if scores.ndim != 2 or scores.shape[1] < scores.shape[0]:
         raise InputError(f"scores of shape {tuple(scores.shape)}; (B, N) with a column for each row's positive")
-    positive = scores.diagonal()[:, None]  # (B, 1)
     own = torch.eye(*scores.shape, dtype=torch.bool, device=scores.device)
     mask = own if alike is None else own | alike
-    mined = mine(scores, k, mask, above=positive.detach() + beta, among=among, draw=draw)
-    has = mined.found > 0  # (B,)
-    negatives = scores.gather(1, mined.columns.clamp(min=0))  # (B, K)
-    rows = torch.cat([positive, negatives], 1) / temperature  # (B, 1 + K)
-    first = torch.zeros(len(rows), dtype=torch.long, device=rows.device)
-    loss = functional.cross_entropy(rows, first, reduction="none")  # (B,)
-    return (loss * has).sum() / has.sum().clamp(min=1), mined.counts
+    threshold = scores.detach().diagonal()[:, None] + beta  # (B, 1)
+    return mine(scores, k, mask, above=threshold, among=among, draw=draw)

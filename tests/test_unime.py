@@ -127,7 +127,7 @@ def test_stage_two_equals_its_definition_and_so_do_its_gradients(k: int, beta: f
 
 def test_too_few_survivors_are_repeated_and_the_positive_never_comes_back() -> None:
     scores = torch.tensor([[0.5, 0.9, 0.8, 0.1]], requires_grad=True)  # two false negatives, one true one
-    loss, counts = hard_negatives(scores, k=4, beta=0.1, temperature=1.0)
+    loss, counts = hard_negative_loss(scores, k=4, beta=0.1, temperature=1.0), hard_negatives(scores, 4, 0.1).counts
     wanted = -(math.exp(0.5) / (math.exp(0.5) + 4 * math.exp(0.1)))
     assert loss.item() == pytest.approx(-math.log(-wanted))
     assert (counts.masked, counts.filtered, counts.duplicated) == (1, 2, 3)
@@ -137,7 +137,7 @@ def test_too_few_survivors_are_repeated_and_the_positive_never_comes_back() -> N
 
 def test_where_nothing_survives_a_row_counts_nothing() -> None:
     scores = torch.tensor([[0.5, 0.9], [0.1, 0.5]], requires_grad=True)
-    loss, counts = hard_negatives(scores, k=2, beta=0.1, temperature=1.0)
+    loss, counts = hard_negative_loss(scores, k=2, beta=0.1, temperature=1.0), hard_negatives(scores, 2, 0.1).counts
     assert counts.empty == 1
     (gradient,) = torch.autograd.grad(loss, scores)
     assert gradient[0].tolist() == [0.0, 0.0]
@@ -147,7 +147,7 @@ def test_where_nothing_survives_a_row_counts_nothing() -> None:
 def test_an_exact_copy_of_the_positive_is_removed_by_its_id_which_no_threshold_would_do() -> None:
     scores = torch.tensor([[0.5, 0.5, 0.2], [0.5, 0.5, 0.1], [0.0, 0.0, 0.5]], requires_grad=True)
     copies = torch.tensor([[1, 1, 0], [1, 1, 0], [0, 0, 1]]) > 0
-    assert hard_negatives(scores, k=1, beta=0.0)[1].filtered == 0  # equal is not above
+    assert hard_negatives(scores, 1, 0.0).counts.filtered == 0  # equal is not above
     (gradient,) = torch.autograd.grad(hard_negative_loss(scores, k=1, beta=0.0, temperature=1.0, alike=copies), scores)
     assert gradient[0, 1] == gradient[1, 0] == 0
 
