@@ -34,11 +34,12 @@ ABOUT = "Search over pictures, texts and radiology reports. Errors are applicati
 
 def create_app(settings: Settings, home: Home | None = None, jobs: Jobs | None = None) -> FastAPI:
     """The application over the collections of `settings.home`."""
+    home = home or Home(settings)
     service = Service(
         settings,
-        home or Home(settings),
+        home,
         jobs or Jobs(settings),
-        Searches(settings.max_concurrent),
+        Searches(home.engine, settings.max_concurrent),
         Work(settings.max_concurrent),
         Fetch(settings.image_hosts, settings.max_body),
     )

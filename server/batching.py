@@ -28,19 +28,24 @@ class _Waiting(NamedTuple):
 
 
 class Searches:
-    """The searches of one process. `limit`: accepted and unanswered; more are refused with 429."""
+    """The searches of one process. `limit`: accepted and unanswered; more are refused with 429.
 
-    def __init__(self, limit: int, threads: int = 2) -> None:
+    `find` gives a collection's engine, once a batch and in the batch's thread: it looks at files, and may load much.
+    """
+
+    def __init__(self, find: Callable[[str], Engine], limit: int, threads: int = 2) -> None:
         self.limit = limit
+        self._find = find
         self._pool = ThreadPoolExecutor(threads, "search")
-        self._queues: dict[Engine, deque[_Waiting]] = {}
+        self._queues: dict[str, deque[_Waiting]] = {}
         self._accepted = 0
 
-    async def __call__(self, engine: Engine, request: Request) -> Answer | RetrievalError:
+    async def __call__(self, collection: str, request: Request) -> Answer | RetrievalError:
         """The answer, or the error that the search ends in. Raises Refused where too many are waiting."""
-        return (await self.many(engine, [request]))[0]
+        return (await self.many(collection, [request]))[0]
 
-    async def many(self, engine: Engine, requests: list[Request]) -> list[Answer | RetrievalError]:
+    async def many(self, collection: str, requests: list[Request]) -> list[Answer | RetrievalError]:
+        """One answer or error each; raises what `find` raises where there is no such collection."""
         if self._accepted + len(requests) > max(self.limit, len(requests)):
             metrics.REFUSED.inc(len(requests))
             raise Refused(429, f"{self.limit} searches are waiting already; try again", {"Retry-After": "1"})
@@ -49,24 +54,24 @@ class Searches:
         self._accepted += len(waiting)
         metrics.WAITING.set(self._accepted)
         try:
-            if engine in self._queues:
-                self._queues[engine].extend(waiting)
+            if collection in self._queues:
+                self._queues[collection].extend(waiting)
             else:
-                self._queues[engine] = deque(waiting)
-                loop.create_task(self._drain(engine))  # noqa: RUF006 (ends by itself; futures keep its results)
+                self._queues[collection] = deque(waiting)
+                loop.create_task(self._drain(collection))  # noqa: RUF006 (ends by itself; futures keep its results)
             return list(await asyncio.gather(*(w.future for w in waiting)))
         finally:
             self._accepted -= len(waiting)
             metrics.WAITING.set(self._accepted)
 
-    async def _drain(self, engine: Engine) -> None:
-        queue = self._queues[engine]
+    async def _drain(self, collection: str) -> None:
+        queue = self._queues[collection]
         while queue:
             batch = [queue.popleft() for _ in range(min(MAX_BATCH, len(queue)))]
             metrics.BATCH.observe(len(batch))
             try:
                 answers = await asyncio.get_running_loop().run_in_executor(
-                    self._pool, engine.search_many, [w.request for w in batch]
+                    self._pool, self._searched, collection, [w.request for w in batch]
                 )
             except Exception as error:  # reaches every caller, each of which reports it
                 for w in batch:
@@ -77,7 +82,10 @@ class Searches:
             for w, answer in zip(batch, answers, strict=True):
                 if not w.future.done():  # its caller may have gone
                     w.future.set_result(answer)
-        del self._queues[engine]
+        del self._queues[collection]
+
+    def _searched(self, collection: str, requests: list[Request]) -> list[Answer | RetrievalError]:
+        return self._find(collection).search_many(requests)
 
     def close(self) -> None:
         self._pool.shutdown()

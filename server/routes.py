@@ -119,7 +119,7 @@ def _searching(routes: APIRouter, service: Service) -> None:
         """One query: JSON, or multipart with field `query` (the JSON) and the file fields that it names."""
         body, files = await json_and_files(request, "query")
         asked = await _request(service, body, files)
-        answer = await service.searches(await run_in_threadpool(home.engine, c), asked)
+        answer = await service.searches(c, asked)
         if isinstance(answer, RetrievalError):
             raise answer
         return JSONResponse(answer)
@@ -136,10 +136,11 @@ def _searching(routes: APIRouter, service: Service) -> None:
             raise Invalid("body: expected a list of at least one query")
         if len(body) > settings.max_batch:
             raise TooLarge(f"body: got {len(body)} queries, the limit is {settings.max_batch}")
-        engine = await run_in_threadpool(home.engine, c)
         asked = [await _caught(service, one) for one in body]
         good = [one for one in asked if isinstance(one, Request)]
-        answers = iter(await service.searches.many(engine, good) if good else [])
+        if not good:
+            await run_in_threadpool(home.config, c)  # whether there is such a collection comes first
+        answers = iter(await service.searches.many(c, good) if good else [])
         results = [next(answers) if isinstance(one, Request) else one for one in asked]
         return JSONResponse({"answers": [_told(result, request) for result in results]})
 

@@ -136,12 +136,13 @@ def test_searches_that_arrive_together_are_answered_together() -> None:
             return [{"hits": [r.query[0].text], "took_ms": {}} for r in requests]
 
     async def scene() -> None:
-        engine, searches = Slow(), Searches(limit=8)
+        engine = Slow()
+        searches = Searches(lambda name: engine, limit=8)  # type: ignore[arg-type, return-value]
         requests = [Request(query=[RequestPart(text=str(n))]) for n in range(8)]
-        tasks = [asyncio.create_task(searches(engine, request)) for request in requests]  # type: ignore[arg-type]
+        tasks = [asyncio.create_task(searches("films", request)) for request in requests]
         await asyncio.sleep(0.05)
         with pytest.raises(Refused) as full:
-            await searches(engine, requests[0])  # type: ignore[arg-type]
+            await searches("films", requests[0])
         assert full.value.status_code == 429
         engine.release.set()
         answers = await asyncio.gather(*tasks)
@@ -269,6 +270,8 @@ def test_unknown_places_are_not_found(client: TestClient) -> None:
     refused(client.get("/v1/nothing"), 404)
     refused(client.get("/v1/collections/none"), 404)
     refused(client.post("/v1/collections/none/search", json={"query": [{"text": "x"}]}), 404)
+    refused(client.post("/v1/collections/none/search/batch", json=[{"query": [{"text": "x"}]}, {}]), 404)
+    refused(client.post("/v1/collections/none/search/batch", json=[{}]), 404)
     refused(client.get("/v1/collections/..%2F..%2Fetc"), 422, "collection")
     refused(client.get("/v1/jobs/..%2Fsecret"), 404)
     refused(client.get("/v1/collections/a%20b"), 422, "collection")
