@@ -25,8 +25,7 @@ from indexers.elastic_documents import (
     keys_of,
     mapping,
     spec_of,
-    stored_field,
-    vector_of,
+    vectors_of,
     written,
 )
 from indexers.elastic_index import (
@@ -166,10 +165,9 @@ def _copies(old: ElasticSnapshot, hits: Iterable[Json]) -> Iterator[Operation]:
     """Entries as another generation held them; nothing is encoded again."""
     keys = keys_of(old.spaces)
     for hit in hits:
-        fields = hit.get("fields", {})
-        vectors = {key: vector_of(fields[stored_field(key)][0]) for key in keys if stored_field(key) in fields}
         source = hit["_source"]
-        yield Operation(hit["_id"], written(entry(document_of(source), vectors, source.get("source"))))
+        made = entry(document_of(source), vectors_of(source, keys), source.get("source"))
+        yield Operation(hit["_id"], written(made))
 
 
 def _published(place: Place) -> ElasticSnapshot | None:
@@ -196,7 +194,7 @@ def _unfinished(place: Place, about: Json, shards: int, may_drop: bool) -> str:
             )
         place.cluster.drop(index)
     index = index_name(place.name, max(there, default=0) + 1)
-    settings = {"index.number_of_shards": shards, **REFRESHED, **NO_COPIES}
+    settings = {"index.number_of_shards": shards, "index.codec": "best_compression", **REFRESHED, **NO_COPIES}
     made = place.cluster.create(index, mapping(about, spaces_of(about), about["vector_index"]), settings)
     if not made and about_of(place, index) != about:  # another machine was faster, with other settings
         raise Conflict(f"collection {place.name}: another build with other settings has just begun")

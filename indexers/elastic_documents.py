@@ -8,7 +8,6 @@ means, whatever mixture of kinds a field holds. Words arrive as the tokens of `r
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import json
 import re
@@ -35,6 +34,7 @@ MAX_ID_BYTES = 512  # of an entry's name in Elasticsearch
 MAX_DIM = 4_096  # of a dense_vector
 MAX_VALUE_BYTES = 8_000  # of a text in a token: Lucene refuses terms over 32,766 bytes
 MAX_LEVELS = 24  # of nested conditions: Elasticsearch refuses more than 30 levels of bool
+ORIGINAL = ["id", "title", "text", "meta", "findings", "picture", "path"]  # what a document is read from
 SLOTS = 1 << 16  # a document's slot is a hash: equal shares of a collection, and samples of it
 _MOST_QUERY_WORDS = 1_000  # distinct ones; Lucene refuses more than 1,024 clauses
 _FIELD = re.compile(r"[^A-Za-z0-9_-]")
@@ -68,17 +68,15 @@ def vector_field(key: Key) -> str:
     return f"vector_{_FIELD.sub('_', key[0])}_{key[1]}"
 
 
-def stored_field(key: Key) -> str:
-    """The same vectors as they were given, bit by bit."""
-    return f"stored_{_FIELD.sub('_', key[0])}_{key[1]}"
-
-
 def keys_of(spaces: Mapping[str, SpaceInfo]) -> list[Key]:
     return [(info.name, side) for info in spaces.values() for side in info.digests]
 
 
 def mapping(about: Json, spaces: Mapping[str, SpaceInfo], vector_index: str) -> Json:
-    """The explicit mapping of a generation; `about` is kept in it."""
+    """The explicit mapping of a generation; `about` is kept in it.
+
+    Entries are stored whole: what is left out of them, Elasticsearch keeps a second time for its copies.
+    """
     spec = spec_of(vector_index)
     properties: Json = {
         "id": {"type": "keyword"},
@@ -87,7 +85,6 @@ def mapping(about: Json, spaces: Mapping[str, SpaceInfo], vector_index: str) -> 
         "tokens": {"type": "keyword", "doc_values": False},
         "concepts": {"type": "keyword"},
     }
-    derived = ["slot", "body", "tokens", "concepts"]
     for key in keys_of(spaces):
         dim = spaces[key[0]].dim
         check_dim(spec, dim)
@@ -97,12 +94,9 @@ def mapping(about: Json, spaces: Mapping[str, SpaceInfo], vector_index: str) -> 
             "similarity": "max_inner_product",  # dot_product refuses lengths that float16 towers give
             "index_options": _index_options(spec),
         }
-        properties[stored_field(key)] = {"type": "binary", "store": True}
-        derived += [vector_field(key), stored_field(key)]
     return {
         "dynamic": False,
         "_meta": {"lightbox": about},
-        "_source": {"excludes": derived},  # the original is stored, what follows from it is only indexed
         "properties": properties,
     }
 
@@ -152,9 +146,7 @@ def entry(document: Document, vectors: Mapping[Key, Vector], source: str | None 
         "concepts": said,
     }
     for key, vector in vectors.items():
-        row = np.ascontiguousarray(vector, "<f4")
-        made[vector_field(key)] = row
-        made[stored_field(key)] = base64.b64encode(row.tobytes()).decode()
+        made[vector_field(key)] = np.asarray(vector, np.float32)
     return made
 
 
@@ -179,13 +171,14 @@ def per_document(encodings: Encodings, documents: int) -> list[dict[Key, Vector]
 
 
 def document_of(source: Json) -> Document:
-    """The document that an entry's stored original holds; its picture comes without pixels."""
-    values = (source[name] for name in ("id", "title", "text", "meta", "findings", "picture", "path"))
-    return Record(0, *values).document()
+    """The document that an entry was made from; its picture comes without pixels."""
+    return Record(0, *(source[name] for name in ORIGINAL)).document()
 
 
-def vector_of(stored: str) -> Vector:
-    return np.frombuffer(base64.b64decode(stored), "<f4").astype(np.float32, copy=False)
+def vectors_of(source: Json, keys: Sequence[Key]) -> dict[Key, Vector]:
+    """The vectors of an entry, bit by bit as they were given."""
+    fields = {key: source.get(vector_field(key)) for key in keys}
+    return {key: np.array(values, np.float32) for key, values in fields.items() if values is not None}
 
 
 def slot(id: str) -> int:

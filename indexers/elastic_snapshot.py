@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from indexers.elastic import Cluster, Lost
 from indexers.elastic_documents import (
     KINDS,
+    ORIGINAL,
     SLOTS,
     Json,
     Key,
@@ -33,9 +34,8 @@ from indexers.elastic_documents import (
     keys_of,
     known,
     spec_of,
-    stored_field,
     vector_field,
-    vector_of,
+    vectors_of,
     words,
 )
 from indexers.rows import ranked
@@ -122,7 +122,7 @@ class ElasticSnapshot:
 
     def fetch(self, ids: Sequence[str]) -> list[Document | None]:
         """Documents in the order asked, None for unknown ids."""
-        found = {hit["_id"]: document_of(hit["_source"]) for hit in self._named(ids, {"_source": True})}
+        found = {hit["_id"]: document_of(hit["_source"]) for hit in self._named(ids, {"_source": ORIGINAL})}
         return [found.get(id) for id in ids]
 
     def image(self, id: str) -> bytes | None:
@@ -154,17 +154,17 @@ class ElasticSnapshot:
     def vectors(self, space: str, side: Side, ids: Sequence[str]) -> Encoded:
         """Stored vectors of those `ids` that have one; `rows` index into `ids`."""
         info = self._space(space)
-        name = stored_field((space, side))
-        asked = {"_source": False, "stored_fields": [name]}
-        fields = {hit["_id"]: hit.get("fields", {}) for hit in self._named(ids, asked)}
-        held = [(row, fields[id][name][0]) for row, id in enumerate(ids) if name in fields.get(id, {})]
-        matrix = np.stack([vector_of(text) for _, text in held]) if held else np.zeros((0, info.dim), np.float32)
+        key = (space, side)
+        hits = self._named(ids, {"_source": [vector_field(key)]})
+        found = {hit["_id"]: vectors_of(hit["_source"], [key]).get(key) for hit in hits}
+        held = [(row, vector) for row, id in enumerate(ids) if (vector := found.get(id)) is not None]
+        matrix = np.stack([vector for _, vector in held]) if held else np.zeros((0, info.dim), np.float32)
         return Encoded(np.array([row for row, _ in held], np.int64), matrix)
 
     def entries(self) -> Iterator[list[Json]]:
-        """All documents by ascending id and their stored vectors, a few hundred at a time."""
-        asked = {"query": documents(None), "_source": True, "stored_fields": [stored_field(k) for k in self._keys]}
-        yield from self._pages(asked | {"seq_no_primary_term": True}, "id", 256)
+        """All entries, whole, by ascending id, a few hundred at a time."""
+        asked = {"query": documents(None), "_source": True, "seq_no_primary_term": True}
+        yield from self._pages(asked, "id", 256)
 
     def stamps(self) -> Iterator[tuple[str, tuple[int, int]]]:
         """(id, version) of all documents; a version changes whenever a document is written."""
@@ -173,7 +173,7 @@ class ElasticSnapshot:
 
     def named_entries(self, ids: Sequence[str]) -> list[Json]:
         """As `entries`, for some ids."""
-        return list(self._named(ids, {"_source": True, "stored_fields": [stored_field(k) for k in self._keys]}))
+        return list(self._named(ids, {"_source": True}))
 
     def _named(self, ids: Sequence[str], asked: Json) -> Iterator[Json]:
         wanted = known(ids)
