@@ -54,7 +54,7 @@ ARMS = {
         "continued", "margin 0.3", "margin 0.4", "imitation",
         "absolute offline", "absolute online", "absolute momentum",
         "relative offline", "relative online", "relative momentum",
-        "relative sum offline", "relative adapted offline",
+        "relative hardest offline", "relative adapted offline",
     ),
     "sections": ("all", "top-k filtered", "top-k", "k random", "k easy"),
 }  # fmt: skip

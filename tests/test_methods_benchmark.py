@@ -160,6 +160,7 @@ def test_the_page_is_written_from_the_figures(
     worse = [r._replace(values={m: [v - 1 for v in vs] for m, vs in r.values.items()}) for r in runs]
     untouched = {m: float(np.nanmean(v)) for m, v in measured(task, Heads(DIM), "dev").items()}
     found = {
+        "main": "graded nDCG@10",
         "teacher": task.taught("dev")._asdict() | {"teacher_ndcg": 0.1, "student_ndcg": 0.2},
         "untouched": untouched,
         "arms": {"none": methods.row(runs, runs, how), "KL": methods.row(worse, runs, how)},
