@@ -188,8 +188,78 @@ def write(rows: Sequence[dict[str, Any]]) -> None:
         ]
         lines.append([*cells, *(f"{r[name + '_p50']:.1f} / {r[name + '_p95']:.1f}" for name in columns)])
     assert __doc__ is not None
-    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    OUT.write_text(f"# Elasticsearch beside the embedded index\n\n{__doc__.split(chr(10) * 2, 2)[2]}\n{table}\n")
+    about = __doc__.split("\n\n", 2)[2]
+    plot(rows)
+    shown = f"![p50 over the number of documents]({OUT.stem}.png)"
+    OUT.write_text(
+        "\n\n".join(
+            ["# Elasticsearch beside the embedded index", about.strip(), table(lines), shown, sizing(rows), ""]
+        )
+    )
+
+
+def table(lines: Sequence[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def plot(rows: Sequence[dict[str, Any]]) -> None:
+    """Milliseconds of one query over the number of documents, a line a backend and kind."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, 3, figsize=(11, 3.4), sharey=True)
+    for panel, name in zip(panels, ("vectors", "filtered", "words"), strict=True):
+        for backend, kind in sorted({(r["backend"], r["kind"]) for r in rows}):
+            found = sorted((r["size"], r[f"{name}_p50"]) for r in rows if (r["backend"], r["kind"]) == (backend, kind))
+            panel.loglog(*zip(*found, strict=True), "o-", label=f"{backend}, {kind}")
+        panel.set(title=name, xlabel="documents")
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("p50, ms")
+    panels[0].legend(frameon=False, fontsize=8)
+    figure.tight_layout()
+    figure.savefig(OUT.with_suffix(".png"), dpi=110, metadata={"Software": None})
+    pyplot.close(figure)
+
+
+def sizing(rows: Sequence[dict[str, Any]]) -> str:
+    """What a cluster needs, worked out from the bytes that were measured at the largest size."""
+    found = max(
+        (r for r in rows if r["backend"] == "elasticsearch" and r["kind"] == "hnsw-sq8"), key=_size, default=None
+    )
+    if found is None:
+        return ""
+    lines = [
+        ["documents", "disk, one copy beside", "page cache for vectors", "shards", "data nodes of 64 GB"],
+        ["---"] * 5,
+    ]
+    for power in range(5, 10):
+        n = 10**power
+        cached = n * (DIM + 4 + 4 * LINKS) * 2  # Elastic's own rule for int8_hnsw, for both copies
+        shards = max(1, round(n / PER_SHARD))
+        nodes = max(1, -(-cached // PAGE_CACHE))
+        cells = [f"{n:,}", _bytes(2 * n * found["bytes"]), _bytes(cached), f"{shards:,}", f"{max(nodes, 2):,}"]
+        lines.append(cells)
+    return SIZING.format(bytes=found["bytes"], size=found["size"]) + "\n\n" + table(lines)
+
+
+def _size(row: dict[str, Any]) -> int:
+    return int(row["size"])
+
+
+def _bytes(count: float) -> str:
+    return f"{count / 1e9:,.1f} GB" if count < 1e12 else f"{count / 1e12:,.1f} TB"
+
+
+DIM, LINKS = 384, 16
+PER_SHARD, PAGE_CACHE = 5_000_000, 32_000_000_000
+SIZING = """## How large a cluster
+
+Texts of an abstract's length, 384 dimensions, `hnsw-sq8`, one copy beside the first (at least two nodes). Disk:
+{bytes:,.0f} bytes a document as measured at {size:,}, twice; while a generation is built the old one stays, so have
+as much again free. Page cache: what Elasticsearch's documentation says that searching needs (dimensions + 4 + 4 · 16
+links, twice), not measured here; nodes of 64 GB leave 32 GB for it. `hnsw-bin` needs a quarter of that."""
 
 
 if __name__ == "__main__":
