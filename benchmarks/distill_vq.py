@@ -12,6 +12,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -30,9 +31,9 @@ faiss: Any = untyped_faiss
 OUT = Path("docs/distill_vq.json")
 NLIST, NPROBE, K = 64, 16, 10
 BYTES = (24, 16, 32, 48, 96)
-METHODS = ("ivfpq", "opq+ivfpq", "rabitq", "sq8", "sq4", "contrastive, labels", "contrastive, first",
-           "distill, labels", "distill")  # fmt: skip
-LEARNED = METHODS[-4:]
+FITTED = ("opq+ivfpq", "rabitq", "sq4", "sq8", "ivfpq")  # to the documents alone
+LEARNED = ("distill", "turned", "distill, labels", "contrastive, labels", "distill, plain", "contrastive, first")
+METHODS = (*FITTED, *LEARNED)
 RECIPE = Recipe(steps=300)
 _IP = untyped_faiss.METRIC_INNER_PRODUCT
 
@@ -45,18 +46,22 @@ def main() -> None:
     parser.add_argument("--methods", default="|".join(METHODS))
     parser.add_argument("--draw", action="store_true", help="only draw what has been measured")
     given = parser.parse_args()
-    results: dict[str, Any] = json.loads(OUT.read_text()) if OUT.exists() else {}
     if not given.draw:
         for name, size, seed in _runs(given.spaces, given.bytes, given.seeds):
             for method in given.methods.split("|"):
                 key = f"{name}|{size}|{method}|{seed}"
-                if key not in results and (row := measured(space_of(name), method, size, seed)) is not None:
-                    results[key] = row
-                    OUT.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
+                if key not in known() and (row := measured(space_of(name), method, size, seed)) is not None:
+                    OUT.write_text(json.dumps(known() | {key: row}, indent=1, sort_keys=True) + "\n")
                     print(key, row, flush=True)
     from benchmarks.vq_report import write
 
-    write(results, {name: exact(name) for name in {key.split("|")[0] for key in results}})
+    results = known()
+    write(results, {name: exact(name) for name in SPACES if any(key.startswith(f"{name}|") for key in results)})
+
+
+def known() -> dict[str, Any]:
+    """What has been measured so far, by this or another process."""
+    return dict(json.loads(OUT.read_text())) if OUT.exists() else {}
 
 
 def _runs(spaces: str, sizes: str, seeds: str) -> Iterable[tuple[str, int, int]]:
@@ -135,13 +140,15 @@ def made(held: Space, method: str, size: int, seed: int) -> Any:
         bits = untyped_faiss.ScalarQuantizer.QT_8bit if method == "sq8" else untyped_faiss.ScalarQuantizer.QT_4bit
         coded = faiss.IndexIVFScalarQuantizer(faiss.IndexFlatIP(kept), kept, NLIST, bits, _IP)
         return _trained(faiss.PCAMatrix(dim, kept), coded, documents, seed)
-    taught = lesson_of(held.name, "labels" if "labels" in method else "windows")
+    source = "labels" if "labels" in method else "windows"
+    taught = lesson_of(held.name, source)
     if taught is None:
         return None
+    start = started(held.name, size, seed, "" if "plain" in method else source)
+    if method == "turned":
+        return empty_index(start)
     arm = "contrastive" if method.startswith("contrastive") else "listnet"
-    start = started(held.name, size, seed, "labels" if "labels" in method else "windows")
-    recipe = Recipe(**{**{f: getattr(RECIPE, f) for f in Recipe.__slots__}, "arm": arm, "seed": seed})
-    return empty_index(distill(start, Stored([documents]), taught, _quiet, recipe))
+    return empty_index(distill(start, Stored([documents]), taught, _quiet, replace(RECIPE, arm=arm, seed=seed)))
 
 
 def _opq(dim: int, size: int) -> Any:
@@ -209,7 +216,7 @@ def _trained(turn: Any, inverted: Any, documents: NDArray[np.float32], seed: int
 @cache
 def started(name: str, size: int, seed: int, source: str) -> Quantizers:
     """Where all that learn from these queries start."""
-    taught = lesson_of(name, source)
+    taught = lesson_of(name, source) if source else None
     return fitted(space_of(name).documents, size, NLIST, seed, None if taught is None else taught.queries)
 
 

@@ -22,7 +22,7 @@ NAMES = {
     "contrastive, labels": "contrastive VQ, labelled queries",
     "contrastive, first": "contrastive VQ, exact search's first",
     "turned": "turned by the queries, not taught",
-    "untuned distill": "Distill-VQ in a plain rotation, no labels",
+    "distill, plain": "Distill-VQ in a plain rotation, no labels",
     "distill, labels": "Distill-VQ, labelled queries",
     "distill": "Distill-VQ, no labels",
 }
@@ -34,14 +34,14 @@ def write(results: Results, exact: Mapping[str, Mapping[str, Any]]) -> None:
     lines = ["# Distill-VQ", "", *INTRODUCTION.strip().splitlines(), ""]
     for name, ceiling in exact.items():
         rows = {key: row for key, row in results.items() if key.startswith(f"{name}|")}
-        lines += [f"## {name}", "", _about(name, ceiling), "", *_table(rows, ceiling), ""]
+        lines += [f"## {name}", "", _about(ceiling), "", *_table(rows, ceiling), ""]
         if len({key.split("|")[1] for key in rows}) > 1:
             _plot(name, rows, ceiling)
             lines += [f"![{name}](distill_vq-{name}.png)", ""]
     OUT.write_text("\n".join(lines))
 
 
-def _about(name: str, ceiling: Mapping[str, Any]) -> str:
+def _about(ceiling: Mapping[str, Any]) -> str:
     return (
         f"{ceiling['documents']:,} vectors, {ceiling['queries']:,} test queries; exact search reaches "
         f"{ceiling['measure']} {ceiling['score']:.4f}."
@@ -82,7 +82,9 @@ def _plot(name: str, rows: Results, ceiling: Mapping[str, Any]) -> None:
             if sizes:
                 means = [float(np.mean(_values(rows, size, method, part))) for size in sizes]
                 panel.plot(sizes, means, marker="o", label=label, linewidth=2.5 if method == "distill" else 1.2)
-        panel.set(xlabel="bytes a vector", xscale="log", ylabel=ceiling["measure"] if part == "score" else "overlap@10")
+        panel.set(
+            xlabel="bytes a vector", xscale="log", ylabel=ceiling["measure"] if part == "score" else "overlap@10"
+        )
         panel.set_xticks([16, 24, 32, 48, 96], ["16", "24", "32", "48", "96"])
         panel.minorticks_off()
         panel.grid(alpha=0.3)
@@ -97,18 +99,22 @@ INTRODUCTION = """
 `distillvq:M=24,nlist=256` is an index of the form OPQ + IVFPQ whose centroids and codewords were taught to score
 as the stored vectors do (Xiao et al., SIGIR 2022, arXiv 2204.00185). FAISS searches it as any other.
 
-How it is made: (1) queries to learn from are cut from the collection's texts and encoded, or are the vectors of the
-space's other side, or, where there is neither, are drawn around the stored vectors; (2) documents are stretched along
-the directions in which those queries look, and queries shrunk, so that every inner product stays what it is and
-quantizing loses less of what matters; (3) OPQ + IVFPQ is fitted to the stretched documents; (4) centroids and codewords
-are trained with the ListNet loss over the exact scores of what exact search finds first, a sample of its 200 best, and
-the same of the other queries of the batch; assignments to codewords are straight-through, the stretch, the rotation and
-the assignment to centroids are frozen; (5) documents are assigned anew by the inner product that serves. nprobe, where the
-spec does not give it, is the least that reaches 99 % of the recall of visiting all lists, on queries kept back; the curve
-is kept with the index and `lightbox info` shows it.
+How it is made:
 
-Every figure comes from `python -m benchmarks.distill_vq`: 64 lists, 16 visited, equal bytes of code a vector for every
-method; what a method keeps beside (numbers of 8 bytes, codebooks) is the same for all. Mean and standard deviation over
-seeds where there are several. Test queries were looked at for this table only; rates and temperature were chosen
-on a quarter of SciFact's train queries.
+1. Queries to learn from are cut from the collection's texts and encoded, or are the vectors of the space's other side;
+   where there is neither they are drawn around the stored vectors, and `lightbox info` says so.
+2. Documents are stretched along the directions in which those queries look and queries shrunk, so that every inner
+   product stays what it is, and quantizing loses less of what matters.
+3. OPQ + IVFPQ is fitted to the stretched documents.
+4. Centroids and codewords are trained with the ListNet loss over exact scores. Candidates are what exact search finds
+   first (or the labelled document), a sample of its 200 best, and those of the other queries of the batch. Codewords
+   are assigned straight-through; stretch, rotation and the centroid of a document are frozen.
+5. Documents are assigned anew by the inner product that serves. Where the spec gives no nprobe, it is the least that
+   reaches 99 % of the recall of visiting all lists, on queries kept back; the curve is kept with the index, and
+   `lightbox info` shows it.
+
+Every figure comes from `python -m benchmarks.distill_vq`: 64 lists, 16 of them visited, and equal bytes of code a
+vector; what an index holds besides (a number of 8 bytes a vector, codebooks, a rotation) is the same for all. Mean and
+standard deviation over seeds where there are several. The rates were chosen on a quarter of SciFact's train queries;
+test queries are used for these tables only.
 """

@@ -166,16 +166,23 @@ def taught(
         back[:] = True
     unseen, seen = known.some(back), known.some(~back if not back.all() else back)
     learned = distill(start, stored, seen, progress, recipe)
-    return learned if loss_of(learned, stored, unseen, recipe) < loss_of(start, stored, unseen, recipe) else None
+    return learned if agreement(learned, stored, unseen) > agreement(start, stored, unseen) else None
 
 
-def loss_of(quantizers: Quantizers, stored: Stored, known: Lesson, recipe: Recipe) -> float:
-    """The ListNet loss of quantized documents, over the candidates of every query of `known`."""
+def agreement(quantizers: Quantizers, stored: Stored, known: Lesson) -> float:
+    """Share of the teacher's first ten that quantized documents keep among the ten best, of the teacher's best."""
     student = _Student(quantizers, torch.device("cpu"))
-    steps = -(-len(known.queries) // recipe.batch)
+    k = min(10, known.best.shape[1])
+    kept = 0
     with torch.no_grad(), _threads():
-        losses = [float(student.losses(batch, "listnet")[1]) for batch in _batches(stored, known, recipe, steps)]
-    return float(np.mean(losses))
+        for at in range(0, len(known.queries), 32):
+            best = known.best[at : at + 32]
+            numbers, places = np.unique(best, return_inverse=True)
+            queries, documents = student.turned(known.queries[at : at + 32], stored.gather(numbers))
+            scores = queries @ student.approximate(documents)[1].T
+            own = scores.gather(1, torch.from_numpy(places.reshape(best.shape)))
+            kept += int((own.topk(k, 1).indices < k).sum())
+    return kept / (k * len(known.queries))
 
 
 class _Batch(NamedTuple):
@@ -218,18 +225,28 @@ class _Student:
 
     def losses(self, batch: _Batch, arm: str) -> tuple[Tensor, Tensor]:
         """(centroids alone, centroids and codewords)."""
-        queries, documents = (
-            torch.from_numpy(rows).to(self.device) @ turn.T for rows, turn in zip(batch[:2], self.turns, strict=True)
-        )
+        queries, documents = self.turned(batch.queries, batch.documents)
         positives = torch.from_numpy(batch.positives).to(self.device)
         teacher = queries @ documents.T / batch.tau
-        coarse = self.centroids[(documents @ self.frozen.T).argmax(1)]
-        whole = coarse + self._quantized(documents - coarse)
+        coarse, whole = self.approximate(documents)
         ivf, pq = (
             distill_vq_loss(scale.exp() * (queries @ approximate.T) / batch.tau, teacher, arm, positives)
             for approximate, scale in zip((coarse, whole), self.scales, strict=True)
         )
         return ivf, pq
+
+    def turned(self, queries: Matrix, documents: Matrix) -> tuple[Tensor, Tensor]:
+        """Both in turned coordinates; their inner products stay what they were."""
+        first, second = (
+            torch.from_numpy(rows).to(self.device) @ turn.T
+            for rows, turn in zip((queries, documents), self.turns, strict=True)
+        )
+        return first, second
+
+    def approximate(self, documents: Tensor) -> tuple[Tensor, Tensor]:
+        """(N, D) twice: the centroid of each document; the centroid and the codewords."""
+        coarse = self.centroids[(documents @ self.frozen.T).argmax(1)]
+        return coarse, coarse + self._quantized(documents - coarse)
 
     def _quantized(self, residuals: Tensor) -> Tensor:
         """(N, D): the nearest codeword of every part; gradients flow as if the choice were soft (straight-through).

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from indexers.distill_vq import ARMS, Lesson, Recipe, distill, distill_vq_loss, lesson, loss_of, taught
+from indexers.distill_vq import ARMS, Lesson, Recipe, agreement, distill, distill_vq_loss, lesson, taught
 from indexers.embedded import open_index
 from indexers.product import Quantizers, empty_index, face, fitted, other_side, quantizers_of
 from indexers.queries import perturbed, windows
@@ -175,14 +176,14 @@ def test_what_the_student_scores_is_what_faiss_scores() -> None:
 
 
 @pytest.mark.parametrize("arm", ARMS)
-def test_learning_lowers_the_loss_and_leaves_the_turn(arm: str) -> None:
+def test_learning_agrees_better_with_the_teacher_and_leaves_the_turn(arm: str) -> None:
     start, stored, known = started(), Stored([clustered(600)]), taught_by()
     learned = distill(start, stored, known, quiet, Recipe(arm=arm, steps=60, batch=32))
     np.testing.assert_array_equal(learned.turn, start.turn)
     assert not np.array_equal(learned.codebooks, start.codebooks)
     assert not np.array_equal(learned.centroids, start.centroids)
     if arm in ("listnet", "kl"):
-        assert loss_of(learned, stored, known, QUICK) < loss_of(start, stored, known, QUICK)
+        assert agreement(learned, stored, known) > agreement(start, stored, known)
 
 
 def test_equal_seeds_learn_equally_and_a_second_fit_starts_afresh() -> None:
@@ -250,10 +251,13 @@ def test_it_finds_more_than_what_it_started_from(learned: SideIndex) -> None:
 def test_the_curve_is_kept_and_nprobe_comes_from_it(learned: SideIndex, tmp_path: Path) -> None:
     curve = learned.measured.curve
     assert [point.effort for point in curve] == [1, 2, 4, 8]
-    assert [point.recall for point in curve] == sorted(point.recall for point in curve)
+    recalls = [point.recall for point in curve]
+    assert recalls[-1] > recalls[0]
+    # Not always rising: of lists further away come documents whose codes score above those of true neighbours.
+    assert all(later > earlier - 0.01 for earlier, later in pairwise(recalls))
     assert all(point.ms > 0 for point in curve)
     chosen = next(point for point in curve if point.effort == learned.measured.effort)
-    assert chosen.recall == learned.recall >= 0.99 * curve[-1].recall
+    assert chosen.recall == learned.recall >= 0.99 * max(recalls)
     learned.save(tmp_path)
     opened = SideIndex.load(tmp_path, [clustered(1_200)])
     assert opened.measured == learned.measured
