@@ -132,7 +132,7 @@ class Lexical:
 def hybrid(lexical: Matrix, dense: Matrix, weight: float = 0.55) -> Matrix:
     """(Q, N) both legs scaled to [0, 1] within their first thousand, and summed. weight: of the dense leg.
 
-    >>> hybrid(np.float32([[4, 2, 0]]), np.float32([[0.1, 0.9, 0.5]]), 0.5).tolist()
+    >>> hybrid(np.float32([[4, 2, 0]]), np.float32([[0.1, 0.9, 0.5]]), 0.5).round(3).tolist()
     [[0.5, 0.75, 0.25]]
     """
     return (1 - weight) * _scaled(lexical) + weight * _scaled(dense)
