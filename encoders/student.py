@@ -26,6 +26,7 @@ from encoders.text import loaded, prompts_of
 from retrieval.errors import InputError
 from retrieval.types import Matrix, Progress
 
+BLOCK = 1024  # texts whose tokens are held at once
 BUDGET = 4096  # tokens that go through the layers at once, padding included
 
 
@@ -121,6 +122,8 @@ class Student:
     def vectors(self, texts: Sequence[str]) -> Tensor:
         """(B, D) unit vectors, with their gradient where gradients are on."""
         rows = self.below(texts)
+        if self.head_only and all(len(row) == 1 for row in rows):  # see `know`
+            return nn.functional.normalize(self._encoded(rows), dim=1)
         groups = budgeted([len(row) for row in rows], BUDGET)
         made = torch.cat([self._encoded([rows[n] for n in group]) for group in groups])  # (B, D) in groups' order
         back = torch.from_numpy(np.argsort(np.concatenate(groups)))
@@ -131,7 +134,7 @@ class Student:
         """(N, D) unit vectors as the trained tower stands, in evaluation mode."""
         learning = self.module.training
         self.module.eval()
-        blocks = [self.vectors(texts[n : n + 256]).cpu().numpy() for n in range(0, len(texts), 256)]
+        blocks = [self.vectors(texts[n : n + BLOCK]).cpu().numpy() for n in range(0, len(texts), BLOCK)]
         self.module.train(learning)
         return unit(np.concatenate(blocks))
 
@@ -162,9 +165,9 @@ class Student:
         rows = self._ids(texts)
         ends = np.cumsum([len(row) for row in rows])
         if not path.exists():
-            for start in range(0, len(texts), 256):
+            for start in range(0, len(texts), BLOCK):
                 progress("frozen layers", start, len(texts))
-                self.below(texts[start : start + 256])
+                self.below(texts[start : start + BLOCK])
             write_array(path, np.concatenate([self._known[text].numpy() for text in texts]))
         whole = torch.from_numpy(np.load(path, mmap_mode="c", allow_pickle=False))  # (sum of L, H)
         for text, end, row in zip(texts, ends.tolist(), rows, strict=True):
@@ -218,6 +221,8 @@ def release(model: Any, folder: Path) -> None:
     weights = halved(model[0].model.state_dict())
     with refusing(folder):
         model.save_pretrained(str(folder), create_model_card=False)
+        for path in folder.rglob("*.safetensors"):
+            path.chmod(0o644)  # safetensors keeps its files to their owner
         (folder / "model.safetensors").unlink()  # in float32: ours is half of it
     save(folder / "model.safetensors", weights, {"format": "pt"})
 
@@ -256,5 +261,7 @@ def _keep_layers(inner: Any, body: Body, kept: Sequence[int]) -> None:
 def padded(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """(B, L, ...) of rows of different length, zeros at their ends, and (B, L) bool of what is real."""
     lengths = torch.tensor([len(row) for row in rows])
-    padded = nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
-    return padded, torch.arange(padded.shape[1])[None, :] < lengths[:, None]
+    together = (
+        torch.stack(list(rows)) if len(set(lengths.tolist())) == 1 else nn.utils.rnn.pad_sequence(list(rows), True)
+    )
+    return together, torch.arange(together.shape[1])[None, :] < lengths[:, None]

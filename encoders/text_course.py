@@ -25,6 +25,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from encoders.chunks import Chunked
 from encoders.collection import (
     Asked,
     Collection,
@@ -135,6 +136,7 @@ class TextCourse:
     def __init__(self, plan: TextRecipe, student: Student, lesson: Lesson, digests: dict[str, str]) -> None:
         self.plan, self.student, self.lesson, self.digests = plan, student, lesson, digests
         self.pace, self.module, self.rows = plan.schedule, student.module, plan.schedule.batch
+        self.chunked = Chunked(student.vectors, plan.loss.chunk)
         self.base = {name: value.detach().clone() for name, value in self.module.state_dict().items()}
         train = lesson.collection.train
         self.pairs = [(n, row) for n, query in enumerate(train) for row in query.relevant]
@@ -145,9 +147,15 @@ class TextCourse:
             self.made_of.setdefault(query.relevant[0], []).append(n)
         self.steps = max(1, len(self.pairs) // self.rows)
         self.order: NDArray[np.int64] = np.zeros(0, np.int64)
-        self.pool = np.unique(
-            np.concatenate([best(lesson.first_dev, POOL).ravel(), *[q.relevant for q in lesson.collection.dev]])
-        ).astype(np.int64)
+        self.pool = self._pool()
+
+    def _pool(self) -> NDArray[np.int64]:
+        """What dev is judged among: the whole collection where only a head learns, else what the hybrid puts first."""
+        if self.student.head_only:
+            return np.arange(len(self.lesson.texts))
+        relevant = [query.relevant for query in self.lesson.collection.dev]
+        pool: NDArray[np.int64] = np.unique(np.concatenate([best(self.lesson.first_dev, POOL).ravel(), *relevant]))
+        return pool.astype(np.int64)
 
     def begin(self, epoch: int, draw: np.random.Generator) -> dict[str, float]:
         del epoch
@@ -164,14 +172,15 @@ class TextCourse:
             draw,
         )
         texts = [self.lesson.collection.train[n].text for n in asked] + [self.lesson.made[n].text for n in made]
-        queries = self.student.vectors([self.student.query_prompt + text for text in texts])  # (B + M, D)
-        found = self.student.vectors([self.student.document_prompt + self.lesson.texts[n] for n in documents])
+        queries = self.chunked([self.student.query_prompt + text for text in texts])  # (B + M, D)
+        found = self.chunked([self.student.document_prompt + self.lesson.texts[n] for n in documents])  # (N, D)
         scores = queries @ found.T  # (B + M, N)
         loss = self._loss(scores, asked, made, documents)
         if self.plan.loss.cprd:
             loss = loss + self.plan.loss.cprd * self._order(scores[: len(asked)], asked, chosen, documents)
         if math.isfinite(loss.item()):
             loss.backward()  # type: ignore[no-untyped-call]
+            self.chunked.backward()
         return float(loss.item())
 
     def _documents(self, relevant: list[int], mined: list[NDArray[np.int64]]) -> NDArray[np.int64]:
@@ -217,7 +226,7 @@ class TextCourse:
         return
 
     def judge(self) -> dict[str, float]:
-        """`dev`: nDCG@10 of the held-out queries among the documents that the hybrid puts first for any of them."""
+        """`dev`: nDCG@10 of the held-out queries among `pool`."""
         dev = self.lesson.collection.dev
         documents = self.student.encode([self.student.document_prompt + self.lesson.texts[n] for n in self.pool])
         queries = self.student.encode([self.student.query_prompt + query.text for query in dev])

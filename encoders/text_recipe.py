@@ -49,6 +49,7 @@ class Aim:
     temperature: float = 0.05
     negatives: int = 1  # mined documents beside each relevant one
     depth: int = 20  # how deep they are mined in the teacher's ranking
+    chunk: int = 0  # texts whose activations are held at once, by computing them twice; 0 holds all
     made: float = 1.0  # how much a query counts that was made from a document of the batch; 0 makes none
 
 
@@ -127,7 +128,7 @@ _LIMITS = Limits(
         "student.tokens": (0, 8192), "student.frozen": (0, 1000),
         "teacher.depth": (2, 1000), "teacher.weight": (0, 1), "teacher.temperature": (0.001, 10),
         "loss.contrast": (0, 100), "loss.distil": (0, 100), "loss.cprd": (0, 100), "loss.temperature": (0.001, 10),
-        "loss.negatives": (0, 100), "loss.depth": (1, 1000), "loss.made": (0, 100), "loss.relations": (0, 100),
+        "loss.negatives": (0, 100), "loss.chunk": (0, 1_000_000), "loss.depth": (1, 1000), "loss.made": (0, 100), "loss.relations": (0, 100),
         "loss.vectors": (0, 100),
     },
     {**PACE.choices, "kind": ("text", "cross", "cut")},

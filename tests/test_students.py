@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from encoders.collection import (
     Asked,
@@ -23,7 +25,7 @@ from encoders.collection import (
 )
 from encoders.student import Student
 from encoders.train import train
-from retrieval.errors import InputError
+from retrieval.errors import BackendError, InputError
 from tests.test_text import tiny_bert
 
 WORDS = ["left", "lung", "effusion", "clear"]
@@ -239,6 +241,108 @@ def test_a_cut_student_nears_its_teacher(place: Path, base: Path, monkeypatch: p
     assert figures[-1] > figures[0]
     config = json.loads((folder / "config.json").read_text())
     assert config["num_hidden_layers"] == 1
+
+
+def test_chunks_give_the_gradient_of_the_whole_batch_dropout_included(base: Path) -> None:
+    from encoders.chunks import Chunked
+
+    texts = ["left lung", "effusion", "clear clear left", "lung", "effusion left"]
+    gradients = []
+    for size in (0, 2):
+        student = Student(str(base), frozen=1)
+        student.module.train()
+        for part in student.model.modules():
+            if isinstance(part, torch.nn.Dropout):
+                part.p = 0.0  # all at once and in chunks, dropout draws in another order
+        chunked = Chunked(student.vectors, size)
+        vectors = chunked(texts)
+        ((vectors @ vectors.T).logsumexp(1).sum()).backward()
+        chunked.backward()
+        gradients.append([p.grad.clone() for p in student.module.parameters() if p.grad is not None])
+    for whole, parts in zip(*gradients, strict=True):
+        torch.testing.assert_close(whole, parts, atol=1e-5, rtol=1e-4)
+
+
+def test_a_chunk_draws_the_second_time_what_it_drew_the_first() -> None:
+    from encoders.chunks import Chunked
+
+    weight = torch.ones(4, requires_grad=True)
+
+    def encode(texts: Sequence[str]) -> torch.Tensor:
+        return torch.nn.functional.dropout(weight, 0.5)[None].expand(len(texts), 4)
+
+    torch.manual_seed(0)
+    chunked = Chunked(encode, 1)
+    vectors = chunked(["a", "b", "c"])
+    vectors.sum().backward()  # type: ignore[no-untyped-call]
+    chunked.backward()
+    assert weight.grad is not None
+    torch.testing.assert_close(weight.grad, vectors.detach().sum(0))  # 2 where kept, in both passes
+
+
+# ---- what goes wrong
+
+
+@pytest.mark.parametrize(
+    ("kind", "old", "new", "message"),
+    [
+        ("text", "[schedule]", "[schedule]\nhurry = 1", r"unknown key schedule\.hurry"),
+        ("text", "frozen = 1", "frozen = 1\nwidth = 3", r"unknown key student\.width; known here: .*frozen"),
+        ("text", "held_out = 0.3", "held_out = 1.5", r"data\.held_out is 1\.5; it must lie between 0 and 0\.9"),
+        ("text", "batch = 4", "batch = 1", r"schedule\.batch is 1; it must lie between"),
+        ("text", "[schedule]", "[loss]\ncontrast = 0.0\n[schedule]", "nothing would be learned"),
+        ("text", "[schedule]", "[loss]\ncprd = 1.0\n[schedule]", r"loss\.negatives must be 2 or more"),
+        ("text", 'kind = "text"', 'kind = "poem"', r"kind is 'poem'; it must be one of"),
+        ("cross", "[schedule]", "[loss]\nnegatives = 0\n[schedule]", "learns by comparing"),
+        ("cut", "frozen = 1", "frozen = 0", "names no layer"),
+        ("text", "frozen = 1", "head = 1", r"student\.head is 1; needed is bool"),
+    ],
+)
+def test_a_bad_recipe_is_refused_with_the_key(
+    place: Path, base: Path, kind: str, old: str, new: str, message: str
+) -> None:
+    path = recipe(place, base, kind)
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
+    with pytest.raises(InputError, match=message):
+        train(path, place / "out", quiet)
+
+
+def test_a_loss_that_is_no_number_stops_the_run(place: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from encoders import text_course
+
+    monkeypatch.setattr(text_course, "info_nce", lambda *_, **__: torch.tensor(float("nan"), requires_grad=True))
+    with pytest.raises(BackendError, match=r"loss is nan in epoch 1: lower schedule\.rate"):
+        train(recipe(place, base, "text"), place / "out", quiet)
+    assert not (place / "out" / "model.safetensors").exists()
+
+
+def test_an_interrupted_run_ends_as_if_it_had_not_been(place: Path, base: Path) -> None:
+    path = recipe(place, base, "text")
+    whole = load_file(train(path, place / "whole", quiet) / "model.safetensors")
+
+    def stop(phase: str, done: int, total: int | None) -> None:
+        if phase.startswith("epoch 2"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(path, place / "halted", stop)
+    assert not (place / "halted" / "model.safetensors").exists()
+    for name, value in load_file(train(path, place / "halted", quiet) / "model.safetensors").items():
+        assert torch.equal(value, whole[name]), name
+
+
+def test_a_full_disk_leaves_no_half_saved_model(place: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import sentence_transformers
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sentence_transformers.SentenceTransformer, "save_pretrained", refuse)
+    with pytest.raises(BackendError, match=r"cannot be written: .*No space left"):
+        train(recipe(place, base, "text"), place / "out", quiet)
+    assert not (place / "out" / "model.safetensors").exists()
+    assert (place / "out" / "checkpoint.safetensors").exists()  # the same command goes on from here
 
 
 # ---- cross-encoders

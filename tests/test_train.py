@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +19,7 @@ from encoders import film
 from encoders import train as training
 from encoders.film import Shards, build
 from encoders.lesson import augmented
-from encoders.recipe import Augment, Recipe, read
+from encoders.recipe import Augment, Pace, Recipe, read
 from encoders.studies import Study, affirmed, is_held_out, read_studies
 from retrieval.errors import BackendError, InputError
 from retrieval.types import Progress
@@ -297,3 +301,77 @@ def test_the_shipped_recipe_is_valid() -> None:
     assert isinstance(recipe, Recipe)
     assert recipe.data.part == "train"
     assert random.Random(0).choice(recipe.findings).phrases
+
+
+class Falling:
+    """A course whose weight falls by its rate each step, and whose dev figures are given."""
+
+    def __init__(self, pace: Pace, dev: list[float]) -> None:
+        self.module = nn.Linear(1, 1, bias=False)
+        nn.init.ones_(self.module.weight)
+        self.pace, self.digests, self.steps, self.rows = pace, {"recipe": "falling"}, 2, 1
+        self.dev, self.released = list(dev), 0.0
+
+    def begin(self, epoch: int, draw: np.random.Generator) -> dict[str, float]:
+        return {}
+
+    def learn(self, step: int, draw: np.random.Generator) -> float:
+        self.module.weight.grad = torch.ones(1, 1)
+        return 1.0
+
+    def settle(self) -> None:
+        pass
+
+    def judge(self) -> dict[str, float]:
+        return {"dev": self.dev.pop(0)} if self.dev else {}
+
+    def release(self, folder: Path) -> dict[str, object]:
+        self.released = self.module.weight.item()
+        return {}
+
+
+def _run(course: Falling, folder: Path) -> list[dict[str, float]]:
+    folder.mkdir()
+    run = training._Run(course, folder, _quiet)
+    run.to_the_end()
+    return run.history
+
+
+def test_the_epoch_that_is_best_on_dev_is_released_and_patience_ends_the_run(tmp_path: Path) -> None:
+    pace = Pace(epochs=(9,), rate=0.01, warmup=0.0, weight_decay=0.0)
+    last = Falling(pace, [])
+    assert len(_run(last, tmp_path / "last")) == 9
+    chosen = Falling(dataclasses.replace(pace, patience=2), [0.1, 0.5, 0.2, 0.3, 0.9])
+    assert len(_run(chosen, tmp_path / "chosen")) == 4
+    assert last.released < chosen.released < 1  # released as it was after the second epoch
+    assert json.loads((tmp_path / "chosen" / "lineage.json").read_text())["best_epoch"] == 2
+
+
+def test_averaged_weights_trail_the_latest_ones(tmp_path: Path) -> None:
+    pace = Pace(epochs=(9,), rate=0.01, warmup=0.0, weight_decay=0.0)
+    plain, averaged = Falling(pace, []), Falling(dataclasses.replace(pace, ema=0.9), [])
+    _run(plain, tmp_path / "plain")
+    _run(averaged, tmp_path / "averaged")
+    assert plain.released < averaged.released < 1
+    assert averaged.module.weight.item() == pytest.approx(plain.released, abs=1e-6)  # learning itself is the same
+
+
+def test_two_processes_learn_from_the_mean_of_their_gradients(tmp_path: Path) -> None:
+    """What `torchrun` would start, over gloo: both end with the same weights."""
+    script = (
+        "import os, sys, torch\n"
+        "from torch import nn, distributed\n"
+        "from encoders.train import _processes, _share\n"
+        "with _processes():\n"
+        "    weight = nn.Parameter(torch.zeros(2))\n"
+        "    weight.grad = torch.full((2,), float(distributed.get_rank()))\n"
+        "    _share([weight])\n"
+        "    assert weight.grad.tolist() == [0.5, 0.5], weight.grad\n"
+    )
+    port = str(20_000 + os.getpid() % 20_000)
+    about = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    both = [
+        subprocess.Popen([sys.executable, "-c", script], env=about | {"RANK": rank, "LOCAL_RANK": rank})
+        for rank in ("0", "1")
+    ]
+    assert [process.wait(timeout=300) for process in both] == [0, 0]
