@@ -99,9 +99,9 @@ class Segment:
     def select(self, filter: Filter) -> Mask:
         match filter:
             case And(children):
-                return _joined(np.logical_and, self._conjuncts(children), np.ones(self.size, bool))
+                return _joined(np.logical_and, list(self._conjuncts(children)), self.size)
             case Or(children):
-                return _joined(np.logical_or, [self.select(child) for child in children], np.zeros(self.size, bool))
+                return _joined(np.logical_or, [self.select(child) for child in children], self.size)
             case Not(child):
                 return np.logical_not(self.select(child))
         mask = self._masks.get(filter)
@@ -347,10 +347,15 @@ def _concatenated(parts: Sequence[tuple[Column, int]]) -> Column:
     return _column(list(codes), np.concatenate(numbers), np.concatenate(rows))
 
 
-def _joined(combine: np.ufunc, masks: Iterable[Mask], start: Mask) -> Mask:
-    for mask in masks:
-        combine(start, mask, out=start)
-    return start
+def _joined(combine: np.ufunc, masks: Sequence[Mask], size: int) -> Mask:
+    """All of `masks` in one; none gives what changes nothing: everything for "and", nothing for "or"."""
+    first, *more = masks or (np.full(size, combine is np.logical_and),)
+    if not more:
+        return first
+    joined: Mask = combine(first, more[0])
+    for mask in more[1:]:
+        combine(joined, mask, out=joined)
+    return joined
 
 
 # --- the file ------------------------------------------------------------------------------------------------------

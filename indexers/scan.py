@@ -130,6 +130,9 @@ def nearest(stored: Stored, queries: Matrix, k: int, allowed: Numbers | None = N
     if not total or not len(queries):
         return np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64)
     if allowed is not None:
+        if len(queries) == 1:
+            one_scores, one_numbers = _scanned(stored, queries, k, allowed)
+            return one_scores[None], one_numbers[None]
         if len(queries) < _BATCH:
             return _padded([_scanned(stored, query[None], k, allowed) for query in queries])
         if len(stored) - total <= _FEW_LEFT_OUT:
