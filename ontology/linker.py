@@ -23,6 +23,7 @@ from ontology.lexicon import Mention
 from ontology.spelling import allowance, distance, shortened
 from ontology.tables import CHEST, GRAM, LETTERS, Tables, load_tables
 from ontology.trigrams import Candidate
+from ontology.understanding import understood
 from ontology.words import Word
 from retrieval.errors import NotFound
 from retrieval.types import Assertion, Encoder, Finding
@@ -77,6 +78,10 @@ class Dictionary:
     def link_queries(self, texts: Sequence[str]) -> list[tuple[Finding, ...]]:
         """Findings of queries; a phrase is read in everyday words too, a whole report as a document is."""
         return [self._findings(text, self._spans(text, self.tables.trigrams)) for text in texts]
+
+    def understood(self, text: str, findings: Sequence[Finding]) -> float:
+        """Share of a query that its findings make out. See `ontology.understanding`."""
+        return understood(self.tables, text, findings)
 
     def name(self, concept: str) -> str:
         """Preferred name; the id itself where this ontology does not have it."""

@@ -69,6 +69,11 @@ class Tables:
         return frozenset(name for name, ours in zip(self.named, self._spellings["trusted"], strict=True) if ours)
 
     @cached_property
+    def own(self) -> frozenset[int]:
+        """The concepts of the most trusted source, which say what the ontology is about."""
+        return frozenset(self.named[name] for name in self.trusted)
+
+    @cached_property
     def near(self) -> frozenset[str]:
         """What the words of trusted names are without any one letter: a word one slip away from one shares it."""
         words = {word for name in self.trusted for word in name.split() if len(word) >= SHORTEST}

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -19,6 +20,7 @@ from retrieval.filters import Filter
 from retrieval.fusion import Method, Weights, fuse
 from retrieval.types import (
     Encoder,
+    Finding,
     FindingsScore,
     Hit,
     Item,
@@ -167,6 +169,13 @@ class Dense:
         return best
 
 
+@runtime_checkable
+class Understanding(Protocol):
+    """What a linker may tell besides: the share of a query that its findings make out."""
+
+    def understood(self, text: str, findings: Sequence[Finding]) -> float: ...
+
+
 @dataclass(frozen=True)
 class Ontological:
     """Documents that say what the query says, by concept and assertion.
@@ -201,8 +210,9 @@ class Ontological:
         return [replace(query, parts=tuple(link(part) for part in query.parts)) for query in queries]
 
     def understood(self, queries: Sequence[Query]) -> list[float]:
-        """Share of each query's words that lie inside linked mentions."""
-        return [_covered(query) for query in self.linked(queries)]
+        """How far each query is understood, in [0, 1]: the square of the share, so that half of one counts little."""
+        share = self.linker.understood if isinstance(self.linker, Understanding) else _covered
+        return [_mean([share(p.text, p.findings) for p in q.parts if p.text]) ** 2 for q in self.linked(queries)]
 
     def _ordered(self, query: Query, ranking: Ranking, k: int) -> Ranking:
         if self.ties is None or len(ranking) < 2:
@@ -226,6 +236,9 @@ class Fused:
     depth: int = DEPTH
 
     def __call__(self, queries: Sequence[Query], k: int, where: Filter | None = None) -> list[Ranking]:
+        for retrieve in self.legs.values():
+            if isinstance(retrieve, Ontological):
+                queries = retrieve.linked(queries)  # once for all that follows
         rankings = {leg: retrieve(queries, self.depth, where) for leg, retrieve in self.legs.items()}
         understood = {leg: r.understood(queries) for leg, r in self.legs.items() if isinstance(r, Ontological)}
         with timed("fuse"):
@@ -304,15 +317,14 @@ def _weighted_sum(query: Query, rankings: Sequence[Ranking], k: int) -> Ranking:
     return Ranking(hits, exact, min((ranking.recall for ranking in rankings), default=1.0))
 
 
-def _covered(query: Query) -> float:
-    total = inside = 0
-    for part in query.parts:
-        for token, start, end in analysis.spans(part.text):
-            if token in analysis.NEGATIONS:
-                continue  # belongs to the mention that it denies
-            total += 1
-            inside += any(f.span[0] <= start and end <= f.span[1] for f in part.findings)
-    return inside / total if total else 1.0
+def _covered(text: str, findings: Sequence[Finding]) -> float:
+    """Share of the words that lie inside mentions; a negation belongs to the mention that it denies."""
+    words = [(start, end) for token, start, end in analysis.spans(text) if token not in analysis.NEGATIONS]
+    return _mean([any(f.span[0] <= start and end <= f.span[1] for f in findings) for start, end in words])
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 1.0
 
 
 def _opened(hit: Hit, leg: str, first: Mapping[str, Share]) -> Hit:

@@ -308,3 +308,22 @@ def test_reports_are_linked_alike_on_both_roads(data: Path, chest: Dictionary) -
     texts = [row["findings"] + " " + row["impression"] for row in map(json.loads, lines)]
     fresh = Dictionary(chest.tables)
     assert fresh.link(texts) == chest.link_queries(texts)
+
+
+@pytest.mark.parametrize(
+    ("query", "share"),
+    [
+        ("small effusions on the left, if any", 1),
+        ("show me all reports with an enlarged heart", 1),
+        ("suspicious for pneumonia", 1),
+        ("no pnuemothorax", 1),
+        ("effusion after dialysis", 1 / 2),
+        ("Amitriptyline is an effective treatment for chronic headaches", 0),  # HPO knows headaches, a film does not
+        ("x-ray of the patient", 0),
+        ("", 0),
+    ],
+)
+def test_understood_is_what_a_query_says_in_the_ontology_s_own_field(
+    chest: Dictionary, query: str, share: float
+) -> None:
+    assert chest.understood(query, chest.link_queries([query])[0]) == share
