@@ -39,7 +39,7 @@ class Stored:
         dims = {chunk.shape[1] for chunk in chunks}
         if len(dims) > 1:
             raise Conflict(f"chunks of different dimensions {sorted(dims)}; one side has one dimension")
-        self.chunks = [chunk for chunk in chunks if len(chunk)]
+        self.chunks = [np.asarray(chunk) for chunk in chunks if len(chunk)]
         self.dim = dims.pop() if dims else 0
         self.starts = np.cumsum([0, *(len(chunk) for chunk in self.chunks)]).astype(np.int64)
 
@@ -91,7 +91,7 @@ class Stored:
 def _inner_products(queries: Matrix, chunk: NDArray[Any], numbers: Numbers) -> Scores:
     if chunk.dtype == np.float32:  # read in place
         out = np.empty(numbers.shape, np.float32)
-        pointers = map(faiss.swig_ptr, (out, queries, np.asarray(chunk), numbers))
+        pointers = map(faiss.swig_ptr, (out, queries, chunk, numbers))
         faiss.fvec_inner_products_by_idx(*pointers, chunk.shape[1], *numbers.shape)
         return out
     out = np.full(numbers.shape, -np.inf, np.float32)
@@ -113,6 +113,9 @@ def _unit(rows: NDArray[Any]) -> Matrix:
 def threads(count: int) -> Iterator[None]:
     """OpenMP threads of the calling thread's FAISS calls."""
     before = faiss.omp_get_max_threads()
+    if before == count:
+        yield
+        return
     faiss.omp_set_num_threads(count)
     try:
         yield
@@ -129,18 +132,17 @@ def nearest(stored: Stored, queries: Matrix, k: int, allowed: Numbers | None = N
     total = len(stored) if allowed is None else len(allowed)
     if not total or not len(queries):
         return np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64)
-    if allowed is not None:
-        if len(queries) == 1:
-            one_scores, one_numbers = _scanned(stored, queries, k, allowed)
-            return one_scores[None], one_numbers[None]
-        if len(queries) < _BATCH:
-            return _padded([_scanned(stored, query[None], k, allowed) for query in queries])
-        if len(stored) - total <= _FEW_LEFT_OUT:
-            return _without(*nearest(stored, queries, k + len(stored) - total), allowed, len(stored))
+    if allowed is not None and len(queries) >= _BATCH and len(stored) - total <= _FEW_LEFT_OUT:
+        return _without(*nearest(stored, queries, k + len(stored) - total), allowed, len(stored))
     fetch = min(total, k + _SLACK)
-    scores, numbers = _knn(stored, queries, fetch, allowed)
+    if allowed is None or len(queries) >= _BATCH:
+        scores, numbers = _knn(stored, queries, fetch, allowed)
+    else:
+        scores, numbers = _listed(stored, queries, fetch, allowed)
     if fetch <= k:
         return scores, numbers
+    if (scores[:, k] < scores[:, k - 1] - TIE).all():
+        return scores[:, :k], numbers[:, :k]
     tied = scores >= scores[:, k - 1 : k] - TIE
     # Where the last one fetched is still tied with the k-th there may be more: look at every score.
     spilled = np.flatnonzero(tied[:, -1]) if fetch < total else ()
@@ -152,6 +154,31 @@ def nearest(stored: Stored, queries: Matrix, k: int, allowed: Numbers | None = N
     for query in spilled:
         rows[query] = _scanned(stored, queries[query : query + 1], k, among)
     return _padded(rows)
+
+
+def _listed(stored: Stored, queries: Matrix, k: int, numbers: Numbers) -> tuple[Scores, Numbers]:
+    """The k best of each query among `numbers`, ascending. Rows are read where they lie, once for every query."""
+    parts = []
+    ends = np.searchsorted(numbers, stored.starts).tolist() if len(stored.chunks) > 1 else (0, len(numbers))
+    for at, chunk in enumerate(stored.chunks):
+        here = numbers[ends[at] : ends[at + 1]]
+        if not len(here):
+            continue
+        shape = len(queries), min(k, len(here))
+        if chunk.dtype == np.float32:
+            start = int(stored.starts[at])
+            scores, found = np.empty(shape, np.float32), np.empty(shape, np.int64)
+            places = here - start if start else here  # FAISS is given bare pointers: what they name stays named
+            pointers = map(faiss.swig_ptr, (queries, chunk, places))
+            sizes = (chunk.shape[1], len(queries), len(chunk), len(here), shape[1])
+            faiss.knn_inner_products_by_idx(*pointers, *sizes, *map(faiss.swig_ptr, (scores, found)), 0)
+            parts.append((scores, found + start if start else found))
+        else:
+            scores, places = faiss.knn(queries, stored.gather(here), shape[1], faiss.METRIC_INNER_PRODUCT)
+            parts.append((scores, here[places]))
+        if len(parts) == 2:
+            parts = [_best(parts[0], parts[1], k)]
+    return parts[0]
 
 
 def _scanned(stored: Stored, query: Matrix, k: int, numbers: Numbers) -> tuple[Scores, Numbers]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from indexers.lexical import Scan
 from indexers.records import Record
 from indexers.rows import Rows, ranked
+from indexers.scan import Numbers
 from indexers.shards import read_bytes
 from indexers.store import Store
 from indexers.vectors import Found, SideIndex, merge
@@ -44,13 +45,22 @@ class Stretch:
     straight: bool  # rows are 0, 1, 2, ...
     alive: Mask | None = None  # (vectors,) None where all are
 
-    def search(self, queries: Matrix, k: int, allowed: Mask | None, exact: bool) -> Found:
-        """allowed: (rows of the snapshot,) as a filter leaves them; None without a filter."""
+    def search(self, queries: Matrix, k: int, allowed: Mask | Numbers | None, exact: bool) -> Found:
+        """allowed: what a filter leaves of the snapshot's rows, a mask or ascending numbers; None without a filter."""
         if allowed is None:
-            mask = self.alive
-        else:  # where vector i is document i, a gather of all rows is saved
-            mask = allowed[: len(self.rows)] if self.straight else allowed[self.rows]
-        return self.index.search(queries, k, mask, exact, filtered=allowed is not None)
+            mine: Mask | Numbers | None = self.alive
+        elif allowed.dtype == np.bool_:  # where vector i is document i, a gather of all rows is saved
+            mine = allowed[: len(self.rows)] if self.straight else allowed[self.rows]
+        else:
+            mine = self._numbers(cast(Numbers, allowed))
+        return self.index.search(queries, k, mine, exact, filtered=allowed is not None)
+
+    def _numbers(self, rows: Numbers) -> Numbers:
+        """The vectors of those of `rows` that have one here, ascending like them."""
+        if self.straight:
+            return rows[: rows.searchsorted(len(self.rows))]
+        places = self.places(rows)
+        return np.sort(places[places >= 0])
 
     def places(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """The vector number of each of `rows`, -1 where it has none here."""
@@ -181,9 +191,9 @@ class EmbeddedSnapshot:
         """Inner products; a document scores as its best vector among `sides`."""
         _check_k(k)
         queries = self._queries(space, vectors)
-        allowed = None if where is None else self._allowed(where)
+        allowed = None if where is None else self._few(where)
         stretches = [stretch for side in dict.fromkeys(sides) for stretch in self.stretches.get((space, side), ())]
-        found = [(stretch.search(queries, k, allowed, exact), stretch.rows) for stretch in stretches]
+        found = [(s.search(queries, k, allowed, exact), None if s.straight else s.rows) for s in stretches]
         if not found:
             return [Ranking() for _ in queries]
         return merge(found, self.rows.names, k)
@@ -206,11 +216,20 @@ class EmbeddedSnapshot:
 
     def _allowed(self, where: Filter | None) -> Mask | None:
         """(rows,) who may be found; None where everyone may."""
-        rows = self.rows
-        if where is None:
-            return None if rows.documents == len(rows) else rows.alive
-        selected = rows.columns.select(where)
-        return selected if rows.documents == len(rows) else selected & rows.alive
+        if where is not None:
+            return self._selected(where)
+        return None if self.rows.documents == len(self.rows) else self.rows.alive
+
+    def _selected(self, where: Filter) -> Mask:
+        selected = self.rows.columns.select(where)
+        return selected if self.rows.documents == len(self.rows) else selected & self.rows.alive
+
+    def _few(self, where: Filter) -> Mask | Numbers:
+        """The same as ascending rows where they are few, which saves a pass over all of them."""
+        few = self.rows.columns.few(where)
+        if few is None:
+            return self._selected(where)
+        return few if self.rows.documents == len(self.rows) else few[self.rows.alive[few]]
 
     def _queries(self, space: str, vectors: Matrix) -> Matrix:
         info = self._space(space)

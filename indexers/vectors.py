@@ -315,19 +315,18 @@ class SideIndex:
         return cls(spec, stored, codes, measured)
 
 
-def merge(sides: Sequence[tuple[Found, NDArray[np.integer[Any]]]], ids: Sequence[str], k: int) -> list[Ranking]:
+def merge(sides: Sequence[tuple[Found, NDArray[np.integer[Any]] | None]], ids: Sequence[str], k: int) -> list[Ranking]:
     """Rankings of documents from what the sides found; a document scores as its best vector.
 
-    sides: (found, rows) pairs over the same queries; rows[number] is the document row of a vector.
-    ids: row -> id. Ties go to the smaller id.
+    sides: (found, rows) pairs over the same queries; rows[number] is the document row of a vector, which is the
+    number itself where rows are None. ids: row -> id. Ties go to the smaller id.
     """
     if not sides:
         return []
     exact = all(found.exact for found, _ in sides)
     recall = min(found.recall for found, _ in sides)
     scores, rows = _one_side(*sides[0]) if len(sides) == 1 else _several_sides(sides)
-    with np.errstate(invalid="ignore"):  # padding less padding
-        close = scores[:, :-1] - scores[:, 1:] <= TIE  # with the next one
+    close = scores[:, :-1] <= scores[:, 1:] + TIE  # with the next one
     tied = close.any(axis=1).tolist()
     return [
         Ranking(_hits(some, values, close[query] if tied[query] else None, ids, k), exact, recall)
@@ -335,12 +334,14 @@ def merge(sides: Sequence[tuple[Found, NDArray[np.integer[Any]]]], ids: Sequence
     ]
 
 
-def _one_side(found: Found, row_of: NDArray[np.integer[Any]]) -> tuple[Scores, Numbers]:
+def _one_side(found: Found, row_of: NDArray[np.integer[Any]] | None) -> tuple[Scores, Numbers]:
     """(Q, W) scores, best first, and document rows, padded as `Found` is."""
     return found.scores, _rows_of(found.numbers, row_of)
 
 
-def _several_sides(sides: Sequence[tuple[Found, NDArray[np.integer[Any]]]]) -> tuple[Scores, Numbers]:
+def _several_sides(
+    sides: Sequence[tuple[Found, NDArray[np.integer[Any]] | None]],
+) -> tuple[Scores, Numbers]:
     """The same of several sides together: a document's best vector stays, its others become padding at the end."""
     scores = np.concatenate([found.scores for found, _ in sides], axis=1)
     rows = np.concatenate([_rows_of(found.numbers, row_of) for found, row_of in sides], axis=1)
@@ -373,7 +374,9 @@ def _hits(rows: list[int], values: list[float], close: Mask | None, ids: Sequenc
     return list(map(_as_hit, zip(names, values[: len(names)], repeat(_NO_PARTS))))
 
 
-def _rows_of(numbers: Numbers, rows: NDArray[np.integer[Any]]) -> Numbers:
+def _rows_of(numbers: Numbers, rows: NDArray[np.integer[Any]] | None) -> Numbers:
+    if rows is None:
+        return numbers
     if not len(rows):
         return np.full_like(numbers, -1)
     return np.where(numbers < 0, -1, rows[numbers])
