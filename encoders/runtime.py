@@ -19,6 +19,7 @@ import shutil
 import sys
 import tempfile
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -279,14 +280,24 @@ class Tower:
             device = "cuda" if gpu() else "cpu"
             return [self._torch(inputs, device) for inputs in batches]
         compiled = self._compile("THROUGHPUT")
-        made: dict[int, NDArray[np.float32]] = {}
-        queue = _openvino().AsyncInferQueue(compiled)
-        queue.set_callback(lambda request, n: made.__setitem__(n, np.array(request.get_output_tensor().data)))
+        made: list[NDArray[np.float32]] = []
+        running: deque[Any] = deque()  # no callbacks: threads of OpenVINO never touch Python
+
+        def finished() -> Any:
+            request = running.popleft()
+            request.wait()
+            made.append(np.array(request.get_output_tensor().data, np.float32))
+            return request
+
+        streams = int(compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS"))
         with _foreign():
-            for n, inputs in enumerate(batches):
-                queue.start_async(dict(inputs), n)
-            queue.wait_all()
-        return [made[n] for n in range(len(made))]
+            for inputs in batches:
+                request = finished() if len(running) == streams else compiled.create_infer_request()
+                request.start_async(dict(inputs))
+                running.append(request)
+            while running:
+                finished()
+        return made
 
     def _compile(self, hint: str) -> Any:
         with self._lock:
