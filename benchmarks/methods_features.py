@@ -143,7 +143,7 @@ def reports() -> Reports:
         both=np.array([bool(row["findings"] and row["impression"]) for row in rows]),
         keys=texts,
         conclusions=sections[1],
-        tversky=_kept("tversky", [texts], lambda: _tversky(texts)),
+        tversky=_tversky(texts),
         gold=np.array([[finding in report.gold for finding in FINDINGS] for report in found]),
         part=np.array(["dev" if held else _part(r.id, 6) for held, r in zip(held_out, found, strict=True)]),
     )
@@ -165,8 +165,12 @@ def _reworded(text: str) -> str:
 
 def _tversky(texts: Sequence[str]) -> NDArray[np.float32]:
     linker = load_linker(None, MODELS)
-    found = linker.link(texts)
-    return np.asarray(tversky_matrix(found, found, measure(linker)), np.float32)
+
+    def make() -> NDArray[np.float32]:
+        found = linker.link(texts)
+        return np.asarray(tversky_matrix(found, found, measure(linker)), np.float32)
+
+    return np.asarray(_kept("tversky", [texts, linker.digest], make), np.float32)
 
 
 def _vectors(name: str, items: Sequence[Item]) -> Matrix:
