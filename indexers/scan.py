@@ -141,7 +141,7 @@ def nearest(stored: Stored, queries: Matrix, k: int, allowed: Numbers | None = N
         scores, numbers = _listed(stored, queries, fetch, allowed)
     if fetch <= k:
         return scores, numbers
-    if (scores[:, k] < scores[:, k - 1] - TIE).all():
+    if not np.count_nonzero(scores[:, k] >= scores[:, k - 1] - TIE):
         return scores[:, :k], numbers[:, :k]
     tied = scores >= scores[:, k - 1 : k] - TIE
     # Where the last one fetched is still tied with the k-th there may be more: look at every score.
@@ -219,8 +219,14 @@ def _pieces(stored: Stored, allowed: Numbers | None) -> Iterator[tuple[int | Num
 
 
 def _best(a: tuple[Scores, Numbers], b: tuple[Scores, Numbers], k: int) -> tuple[Scores, Numbers]:
-    scores, numbers = np.concatenate([a[0], b[0]], axis=1), np.concatenate([a[1], b[1]], axis=1)
-    order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+    return best_first(np.concatenate([a[0], b[0]], axis=1), np.concatenate([a[1], b[1]], axis=1), k)
+
+
+def best_first(scores: Scores, numbers: Numbers, k: int) -> tuple[Scores, Numbers]:
+    """The k best of each query, (Q, W) to (Q, k), equal ones in the order they had."""
+    order = (-scores).argsort(axis=1, kind="stable")[:, :k]
+    if len(order) == 1:  # a query alone is most of what is asked: the general form costs it more than the sort
+        return scores[:, order[0]], numbers[:, order[0]]
     return np.take_along_axis(scores, order, 1), np.take_along_axis(numbers, order, 1)
 
 

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 from indexers.kinds import Distilled, Graph, Kind, kind_of, selector
 from indexers.product import face, spread
-from indexers.scan import TIE, Chunks, Numbers, Scores, Stored, nearest, threads
+from indexers.scan import TIE, Chunks, Numbers, Scores, Stored, best_first, nearest, threads
 from indexers.specs import Spec as Spec
 from indexers.specs import parse_spec as parse_spec
 from retrieval.errors import BackendError, Conflict, Invalid
@@ -227,7 +227,7 @@ class SideIndex:
             if codes is not None:
                 scores, found = self._approximate(codes, queries, min(k, count), numbers, filtered)
                 # A graph that led to too few, and a filter that hid the content of lists, are answered exactly.
-                if not (filtered or isinstance(codes.kind, Graph)) or (found >= 0).all():
+                if not (filtered or isinstance(codes.kind, Graph)) or not np.count_nonzero(found < 0):
                     return Found(scores, found, False, self.recall)
             return Found(*nearest(self._stored, queries, k, numbers), True, 1.0)
 
@@ -275,8 +275,7 @@ class SideIndex:
         if not refine:
             return scores, found
         scores = self._stored.scores(queries, found)
-        order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
-        return np.take_along_axis(scores, order, 1), np.take_along_axis(found, order, 1)
+        return best_first(scores, found, k)
 
     def save(self, folder: Path) -> None:
         """Write `side.json` and, where there is one, `index.faiss` into `folder`, fsynced."""
@@ -323,30 +322,32 @@ def merge(sides: Sequence[tuple[Found, NDArray[np.integer[Any]] | None]], ids: S
     """
     if not sides:
         return []
-    exact = all(found.exact for found, _ in sides)
-    recall = min(found.recall for found, _ in sides)
-    scores, rows = _one_side(*sides[0]) if len(sides) == 1 else _several_sides(sides)
+    found, row_of = sides[0]
+    exact, recall = found.exact, found.recall
+    if len(sides) == 1:
+        scores, rows = found.scores, _rows_of(found.numbers, row_of)
+    else:
+        exact = all(found.exact for found, _ in sides)
+        recall = min(found.recall for found, _ in sides)
+        scores, rows = _several_sides(sides)
     close = scores[:, :-1] <= scores[:, 1:] + TIE  # with the next one
-    tied = close.any(axis=1).tolist()
+    tied = close.any(axis=1).tolist() if np.count_nonzero(close) else [False] * len(close)
     return [
         Ranking(_hits(some, values, close[query] if tied[query] else None, ids, k), exact, recall)
         for query, (some, values) in enumerate(zip(rows.tolist(), scores.tolist(), strict=True))
     ]
 
 
-def _one_side(found: Found, row_of: NDArray[np.integer[Any]] | None) -> tuple[Scores, Numbers]:
-    """(Q, W) scores, best first, and document rows, padded as `Found` is."""
-    return found.scores, _rows_of(found.numbers, row_of)
-
-
 def _several_sides(
     sides: Sequence[tuple[Found, NDArray[np.integer[Any]] | None]],
 ) -> tuple[Scores, Numbers]:
-    """The same of several sides together: a document's best vector stays, its others become padding at the end."""
+    """(Q, W) scores, best first, and document rows of several sides together, padded as `Found` is.
+
+    A document's best vector stays, its others become padding at the end.
+    """
     scores = np.concatenate([found.scores for found, _ in sides], axis=1)
     rows = np.concatenate([_rows_of(found.numbers, row_of) for found, row_of in sides], axis=1)
-    order = np.argsort(-scores, axis=1, kind="stable")
-    scores, rows = np.take_along_axis(scores, order, 1), np.take_along_axis(rows, order, 1)
+    scores, rows = best_first(scores, rows, scores.shape[1])
     for query, held in enumerate(rows):
         firsts = np.sort(np.unique(held, return_index=True)[1])  # a document's first appearance is its best vector
         firsts = firsts[held[firsts] >= 0]
