@@ -46,7 +46,7 @@ class Figure(NamedTuple):
 class Films(NamedTuple):
     """Frontal films with their human labels. labels: (N, F) bool; study: (N,) names."""
 
-    vectors: Matrix
+    paths: list[Path]
     labels: NDArray[np.bool_]
     study: NDArray[np.str_]
 
@@ -86,18 +86,23 @@ def measured(encoder: Encoder, tasks: Path) -> dict[str, Figure]:
     figures = {}
     for task, measure in TASKS.items():
         figures[f"{task} {measure}"] = _task(encoder, tasks / task, measure, held)
+    names, dev, asked = questions(encoder, tasks)
+    vectors = encoded(encoder, dev)
+    figures |= _aucs("AUC words", names, dev, vectors @ asked.T)
+    train = labelled("train", names)
+    known = encoded(encoder, train)
+    prototypes = np.stack([_contrast(known, train.labels[:, f]) for f in range(len(names))])  # (F, D)
+    return figures | _aucs("AUC prototypes", names, dev, vectors @ prototypes.T)
+
+
+def questions(encoder: Encoder, tasks: Path) -> tuple[list[str], Films, Matrix]:
+    """The findings with enough studies, dev's films with those labels, and (F, D) the mean of a finding's phrases."""
     phrases = _phrases(tasks / "label_images")
-    dev = _labelled(encoder, "dev", list(phrases))
+    dev = labelled("dev", list(phrases))
     enough = [f for f, _ in enumerate(phrases) if len(set(dev.study[dev.labels[:, f]])) >= ENOUGH]
     names = [list(phrases)[f] for f in enough]
-    dev = dev._replace(labels=dev.labels[:, enough])
-    asked = np.stack(
-        [_mean(encoder.encode_queries([Item(text=p) for p in phrases[name]])) for name in names]
-    )  # (F, D)
-    figures |= _aucs("AUC words", names, dev, dev.vectors @ asked.T)
-    train = _labelled(encoder, "train", names)
-    prototypes = np.stack([_contrast(train, f) for f in range(len(names))])  # (F, D)
-    return figures | _aucs("AUC prototypes", names, dev, dev.vectors @ prototypes.T)
+    asked = [_mean(encoder.encode_queries([Item(text=p) for p in phrases[name]])) for name in names]
+    return names, dev._replace(labels=dev.labels[:, enough]), np.stack(asked)
 
 
 def _task(encoder: Encoder, folder: Path, measure: str, held: dict[str, Matrix]) -> Figure:
@@ -146,7 +151,13 @@ def _phrases(task: Path) -> dict[str, list[str]]:
     return out
 
 
-def _labelled(encoder: Encoder, part: str, names: Sequence[str]) -> Films:
+def encoded(encoder: Encoder, films: Films) -> Matrix:
+    """(N, D)."""
+    return encoder.encode_documents([Item(image=path) for path in films.paths])
+
+
+def labelled(part: str, names: Sequence[str]) -> Films:
+    """The frontal films of a part that have a report and human labels."""
     folder = data_folder() / "iu_xray"
     paths, labels, study = [], [], []
     for line in (folder / "reports.jsonl").read_text(encoding="utf-8").splitlines():
@@ -159,14 +170,12 @@ def _labelled(encoder: Encoder, part: str, names: Sequence[str]) -> Films:
                 paths.append(folder / image["file"])
                 labels.append([bool(row["negbio_gold"][name]) for name in names])
                 study.append(row["uid"])
-    vectors = encoder.encode_documents([Item(image=path) for path in paths])
-    return Films(vectors, np.array(labels), np.array(study))
+    return Films(paths, np.array(labels), np.array(study))
 
 
-def _contrast(films: Films, finding: int) -> NDArray[np.float32]:
+def _contrast(vectors: Matrix, has: NDArray[np.bool_]) -> NDArray[np.float32]:
     """(D,) mean film with a finding minus mean film without it."""
-    has = films.labels[:, finding]
-    return np.asarray(films.vectors[has].mean(0) - films.vectors[~has].mean(0), np.float32)
+    return np.asarray(vectors[has].mean(0) - vectors[~has].mean(0), np.float32)
 
 
 def _mean(vectors: Matrix) -> NDArray[np.float32]:

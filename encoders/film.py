@@ -1,9 +1,10 @@
 """The course of a film tower: chest films pulled towards what a frozen text encoder makes of their reports.
 
-A film is pulled towards its report, towards single sentences of it, and towards phrases of the findings that it
-affirms; each pull is `encoders.contrastive.symmetric` over one score matrix with its own learned temperature.
+A film is pulled towards its report among all reports, and towards single sentences of it (`encoders.contrastive`).
+Of each finding its report says whether it is there: the cosine to a phrase for it, scaled and shifted, is the logit of
+that. Each term has a learned temperature of its own.
 
-Shapes: B films of a batch, F findings, D dimensions of the text encoder.
+Shapes: B films of a batch, S studies, F findings, D dimensions of the text encoder.
 """
 
 from __future__ import annotations
@@ -22,28 +23,45 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from encoders.contrastive import same, symmetric
+from encoders.contrastive import distribution, info_nce, soft_nce, softened, symmetric
 from encoders.lesson import Lesson, augmented, lesson, one_sentence_each
-from encoders.recipe import Recipe, read
+from encoders.packed import unpack
+from encoders.recipe import Recipe, Tower, read
 from encoders.saving import halved, save, write_json
+from encoders.start import start
 from encoders.studies import data_digest, read_studies
 from encoders.text import PACKAGED, text_encoder
 from encoders.train import place
 from retrieval.errors import BackendError, InputError
-from retrieval.types import Encoder, Progress
+from retrieval.types import Encoder, Linker, Progress
+
+ALIKE = 0.05  # temperature of the likeness of reports, where targets are soft
 
 
-def film_course(recipe: Path, cache: Path, progress: Progress, text: Encoder | None = None) -> FilmCourse:
-    """The course of a film recipe. text: the frozen text encoder, None for the packaged one."""
+def film_course(
+    recipe: Path, cache: Path, progress: Progress, text: Encoder | None = None, linker: Linker | None = None
+) -> FilmCourse:
+    """The course of a film recipe.
+
+    text: the frozen text encoder, None for the packaged one. linker: reads the recipe's findings in the reports.
+    Where the collection is missing but `NAME.lesson` lies in its place, that is learned from: see `encoders.packed`.
+    """
     plan = read(recipe)
+    taught, digests = learned_from(plan, cache, progress, text, linker)
+    return FilmCourse(plan, taught, {"recipe": plan.digest} | digests)
+
+
+def learned_from(
+    plan: Recipe, cache: Path, progress: Progress, text: Encoder | None = None, linker: Linker | None = None
+) -> tuple[Lesson, dict[str, str]]:
+    """What a recipe's tower learns from, and the digests of its data and text encoder: see `film_course`."""
+    packed = source(f"{plan.data.source}.lesson")
+    if packed.exists() and not source(plan.data.source).exists():
+        return unpack(packed, plan)
     studies = read_studies(source(plan.data.source), plan.data.part)
     text = text or text_encoder(None, cache)
-    digests = {
-        "recipe": plan.digest,
-        "data": data_digest(studies),
-        "text": getattr(text, "weights", text.digests["text"]),
-    }
-    return FilmCourse(plan, lesson(plan, studies, text, cache, progress), digests)
+    digests = {"data": data_digest(studies), "text": getattr(text, "weights", text.digests["text"])}
+    return lesson(plan, studies, text, linker, cache, progress), digests
 
 
 def source(name: str) -> Path:
@@ -58,12 +76,19 @@ class FilmCourse:
         self.plan, self.lesson, self.digests, self.pace = plan, lesson, digests, plan.schedule
         torch.manual_seed(plan.schedule.seed)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.tower = build(plan.tower.name, lesson.reports.shape[1], plan.tower.dropout).to(self.device)
+        self.texts = lesson.texts.to(self.device)
+        self.films = torch.from_numpy(lesson.films).to(self.device)  # on a CPU still mapped, not read
+        self.tower = build(plan.tower, self.texts.reports.shape[1]).to(self.device)
         self.shards = Shards(self.tower, plan.schedule.shards, precision(plan.schedule.precision, self.device))
         self.scales = nn.Parameter(torch.full((3,), -math.log(plan.loss.temperature), device=self.device))
-        self.module = nn.ModuleDict({"tower": self.tower, "temperatures": nn.ParameterList([self.scales])})
+        states = self.texts.states
+        frequency = (states == 1).float().mean(0).clamp(0.5 / len(states), 0.5)  # (F,)
+        self.rarity = frequency**-plan.loss.rarity
+        self.shift = nn.Parameter(torch.logit(frequency))
+        parts = {"tower": self.tower, "temperatures": nn.ParameterList([self.scales, self.shift])}
+        self.module = nn.ModuleDict(parts)
         self.rows = plan.schedule.batch
-        self.steps = max(1, lesson.frontal // self.rows)
+        self.steps = max(1, int(lesson.frontal.sum()) // self.rows)
         self.order: NDArray[np.int64] = np.zeros(0, np.int64)
         self.size = plan.tower.size
 
@@ -74,15 +99,25 @@ class FilmCourse:
 
     def learn(self, step: int, draw: np.random.Generator) -> float:
         rows = self.order[step * self.rows : (step + 1) * self.rows]
-        batch = torch.from_numpy(self.lesson.films[rows])[:, None].float() / 255  # (B, 1, side, side)
+        batch = self.films[torch.from_numpy(rows).to(self.device)][:, None].float() / 255  # (B, 1, side, side)
         seen = (augmented(batch, self.size, self.plan.augment) - self.plan.tower.mean) / self.plan.tower.std
-        outputs = self.shards.forward(seen.to(self.device, memory_format=torch.channels_last))
+        study, share = self.lesson.study[rows], self._share(draw)
+        if share < 1:
+            seen = share * seen + (1 - share) * seen.flip(0)
+        outputs = self.shards.forward(seen.contiguous(memory_format=torch.channels_last))
         vectors = functional.normalize(outputs, dim=1)  # (B, D)
-        loss = self._loss(vectors, self.lesson.study[rows], draw)
+        loss = self._loss(vectors, study, draw)
+        if share < 1:
+            loss = share * loss + (1 - share) * self._loss(vectors, study[::-1].copy(), draw)
         if math.isfinite(loss.item()):
             loss.backward()  # type: ignore[no-untyped-call]
             self.shards.backward(outputs)
         return float(loss.item())
+
+    def _share(self, draw: np.random.Generator) -> float:
+        """How much of each film is itself in a batch that is mixed with its reverse (mixup, arXiv 1710.09412)."""
+        mix = self.plan.augment.mix
+        return float(draw.beta(mix, mix)) if mix else 1.0
 
     def settle(self) -> None:
         with torch.no_grad():
@@ -92,22 +127,32 @@ class FilmCourse:
         return {}
 
     def _loss(self, vectors: Tensor, study: NDArray[np.int64], draw: np.random.Generator) -> Tensor:
-        lesson, weight, device = self.lesson, self.plan.loss, self.device
+        texts, weight = self.texts, self.plan.loss
         to_report, to_sentence, to_finding = self.scales.exp()
-        keys = [lesson.report_keys[s] for s in study]
-        scores = to_report * vectors @ lesson.reports[study].to(device).T  # (B, B)
-        loss = weight.reports * symmetric(scores, same(keys, keys).to(device))
-        chosen, counts = one_sentence_each(lesson, study, weight.denial, draw)
+        owner = torch.from_numpy(study).to(self.device)
+        loss = weight.reports * self._to_reports(to_report * vectors @ texts.reports.T, owner)
+        chosen, counts = one_sentence_each(self.lesson.texts, study, weight.denial, draw)
         if weight.sentences and counts.any():
-            scores = to_sentence * vectors @ lesson.sentences[chosen].to(device).T  # (B, B)
-            counted = torch.from_numpy(counts).float().to(device)
-            alike = same(chosen.tolist(), chosen.tolist()).to(device)
+            said = torch.from_numpy(chosen).to(self.device)
+            scores = to_sentence * vectors @ texts.sentences[said].T  # (B, B)
+            counted = torch.from_numpy(counts).float().to(self.device)
+            alike = said[:, None] == said[None, :]
             loss = loss + weight.sentences * symmetric(scores, alike, None, counted, counted)
         if weight.findings:
-            asked = torch.stack([p[int(draw.integers(len(p)))] for p in lesson.phrases]).to(device)  # (F, D)
-            scores = to_finding * vectors @ asked.T  # (B, F)
-            loss = loss + weight.findings * symmetric(scores, lesson.affirmed[study].to(device))
+            asked = torch.stack([p[int(draw.integers(len(p)))] for p in texts.phrases])  # (F, D)
+            logits = to_finding * vectors @ asked.T + self.shift  # (B, F)
+            loss = loss + weight.findings * decided(logits, texts.states[owner], self.rarity)
         return loss
+
+    def _to_reports(self, scores: Tensor, owner: Tensor) -> Tensor:
+        """Films should find their reports among all, and the reports of the batch their films. scores: (B, S)."""
+        texts, share = self.texts, self.plan.loss.soft
+        alike = texts.keys[owner][:, None] == texts.keys[None, :]  # (B, S)
+        back = info_nce(scores[:, owner].T, alike[:, owner].T)
+        if not share:
+            return (info_nce(scores, alike) + back) / 2
+        near = distribution(texts.reports[owner] @ texts.reports.T / ALIKE)  # (B, S)
+        return (soft_nce(scores, softened(alike, near, share)) + back) / 2
 
     def release(self, folder: Path) -> dict[str, Any]:
         tower = self.plan.tower
@@ -117,7 +162,7 @@ class FilmCourse:
             "channels": 1,
             "mean": [tower.mean],
             "std": [tower.std],
-            "dim": self.lesson.reports.shape[1],
+            "dim": self.texts.reports.shape[1],
             "text_encoder": PACKAGED,
             "text_digest": self.digests["text"],
         }
@@ -126,11 +171,26 @@ class FilmCourse:
         names = (topic.name for topic in self.plan.findings)
         return {
             "recipe": dataclasses.asdict(self.plan),
-            "studies": len(self.lesson.said),
+            "studies": len(self.texts.reports),
             "films": len(self.lesson.study),
-            "affirmed": dict(zip(names, self.lesson.affirmed.sum(0).tolist(), strict=True)),
+            "affirmed": dict(zip(names, (self.texts.states == 1).sum(0).tolist(), strict=True)),
             "temperatures": [round(float(t), 4) for t in (-self.scales.data).exp()],
         }
+
+
+def decided(logits: Tensor, states: Tensor, rarity: Tensor) -> Tensor:
+    """Cross-entropy of every finding by itself, the mean over those that are not in doubt.
+
+    logits: (B, F). states: (B, F), 1 there, 0 not, -1 in doubt. rarity: (F,), how much a film with the finding counts
+    beside one without.
+
+    >>> decided(torch.zeros(1, 2), torch.tensor([[1, -1]]), torch.tensor([3.0, 3.0])) / 3
+    tensor(0.6931)
+    """
+    there = (states == 1).to(logits.dtype)
+    counts = torch.where(states == 1, rarity, (states == 0).to(logits.dtype))
+    loss = functional.binary_cross_entropy_with_logits(logits, there, counts, reduction="sum")
+    return loss / (states >= 0).sum().clamp(min=1)
 
 
 class Shards:
@@ -177,15 +237,20 @@ def _sharing(tower: nn.Module) -> nn.Module:
     return twin
 
 
-def build(name: str, dim: int, dropout: float = 0.0) -> nn.Module:
-    """An untrained timm tower that reads one grey channel and gives `dim` numbers."""
+def build(plan: Tower, dim: int) -> nn.Module:
+    """A timm tower that reads one grey channel and gives `dim` numbers: untrained, or as `encoders.start` has it."""
     import timm
 
+    extra: dict[str, Any] = {"drop_path_rate": plan.skipped} if plan.skipped else {}  # not every model knows it
     try:
-        tower: nn.Module = timm.create_model(name, pretrained=False, in_chans=1, num_classes=dim, drop_rate=dropout)
+        tower: nn.Module = timm.create_model(
+            plan.name, pretrained=False, in_chans=1, num_classes=dim, drop_rate=plan.dropout, **extra
+        )
     except RuntimeError as error:
-        message = f"timm knows no model {name!r}; `timm.list_models()` lists what it knows"
+        message = f"timm knows no model {plan.name!r}; `timm.list_models()` lists what it knows"
         raise InputError(message, "tower.name") from error
+    if plan.start:
+        start(tower, plan.start)
     return tower.to(memory_format=torch.channels_last)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -34,6 +33,8 @@ class Tower:
     mean: float = 0.5
     std: float = 0.25
     dropout: float = 0.0
+    skipped: float = 0.0  # share of the residual blocks that a film passes by (stochastic depth), at the last block
+    start: str = ""  # a package that ships the tower's ImageNet weights; empty: the tower starts untrained
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,31 +68,35 @@ class Augment:
 
     zoom_low: float = 0.85  # side of the crop as a share of the film's, drawn from [zoom_low, zoom_high]
     zoom_high: float = 1.05
-    shift: float = 0.05  # share of the side
+    shift: float = 0.05  # how far a crop may reach over the film's edge, as a share of the side
     rotate: float = 7.0  # degrees
     contrast: float = 0.25
     brightness: float = 0.15
     noise: float = 0.03  # standard deviation, greys run from 0 to 1
+    cover: float = 0.0  # side of a grey box over the film as a share of the film's, drawn from [0, cover]
+    mix: float = 0.0  # two films of a batch shine through each other, in shares from Beta(mix, mix); 0: none do
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loss:
-    """Weights of the three contrastive terms."""
+    """Weights of the terms: the first two are contrastive, the third decides on every finding by itself."""
 
     reports: float = 1.0  # film against whole reports
     sentences: float = 1.0  # film against single sentences
     findings: float = 1.0  # film against phrases of findings
     denial: float = 0.2  # how much a sentence that denies or states normality counts beside one that affirms
     temperature: float = 0.07  # where the three learned temperatures start
+    rarity: float = 0.5  # a report with a finding counts (reports / reports with it) to this power; 0: all alike
+    soft: float = 0.0  # share of a film's target that goes to reports as they are alike in words
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Topic:
-    """A finding: the phrases that ask for it, and the pattern by which a sentence mentions it."""
+    """A finding: the phrases that ask for it, and the linker's concepts of which a report that has it names one."""
 
     name: str
     phrases: tuple[str, ...]
-    pattern: str
+    concepts: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,12 +140,14 @@ _RANGES: Mapping[str, tuple[float, float]] = {
     **PACE.ranges,
     "data.lateral": (0, 0.9), "data.balance": (0, 1),
     "tower.size": (32, 512), "tower.mean": (0, 1), "tower.std": (0.01, 1), "tower.dropout": (0, 0.9),
+    "tower.skipped": (0, 0.9),
     "schedule.shards": (1, 64),
     "schedule.size_from": (0, 512), "schedule.size_grown": (0, 1),
     "augment.zoom_low": (0.3, 1.5), "augment.zoom_high": (0.3, 1.5), "augment.shift": (0, 0.5),
     "augment.rotate": (0, 180), "augment.contrast": (0, 0.9), "augment.brightness": (0, 0.9), "augment.noise": (0, 1),
+    "augment.cover": (0, 0.9), "augment.mix": (0, 10),
     "loss.reports": (0, 100), "loss.sentences": (0, 100), "loss.findings": (0, 100), "loss.denial": (0, 1),
-    "loss.temperature": (0.01, 1),
+    "loss.temperature": (0.01, 1), "loss.rarity": (0, 1), "loss.soft": (0, 0.9),
 }  # fmt: skip
 _CHOICES: Mapping[str, tuple[str, ...]] = {**PACE.choices, "data.part": ("train", "all"), "kind": ("film",)}
 
@@ -222,10 +229,8 @@ def _topic(table: Any, at: str, limits: Limits) -> Topic:
     topic: Topic = _build(Topic, table, at, limits)
     if not topic.phrases or not all(phrase.strip() for phrase in topic.phrases):
         raise InputError(f"{at}.phrases holds no phrase or an empty one", at)
-    try:
-        re.compile(topic.pattern)
-    except re.error as error:
-        raise InputError(f"{at}.pattern is no regular expression: {error}", at) from error
+    if not topic.concepts:
+        raise InputError(f"{at}.concepts is empty; the concepts that a report with the finding names are needed", at)
     return topic
 
 
@@ -241,8 +246,10 @@ def _check_together(recipe: Recipe) -> None:
         raise InputError("augment.zoom_low is above augment.zoom_high", "augment.zoom_low")
     if recipe.schedule.batch % recipe.schedule.shards:
         raise InputError("schedule.shards must divide schedule.batch", "schedule.shards")
-    if recipe.tower.dropout and recipe.schedule.shards > 1:
-        raise InputError("tower.dropout with schedule.shards above 1 would not be repeatable", "tower.dropout")
+    if recipe.tower.dropout + recipe.tower.skipped and recipe.schedule.shards > 1:
+        raise InputError(
+            "tower.dropout or tower.skipped with schedule.shards above 1 would not be repeatable", "tower.dropout"
+        )
     if recipe.schedule.size_from and not 32 <= recipe.schedule.size_from <= recipe.tower.size:
         raise InputError("schedule.size_from must be 0 or lie between 32 and tower.size", "schedule.size_from")
 

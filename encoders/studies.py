@@ -1,6 +1,6 @@
-"""What a film tower learns from: studies with their films, reports, sentences and affirmed findings.
+"""What a film tower learns from: studies with their films, reports, sentences and findings.
 
-Only report text teaches: coded labels are not read.
+Only report text teaches, as the linker reads it: coded labels are not read.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from PIL import Image
 from encoders.images import pixels
 from encoders.recipe import Topic
 from retrieval.errors import BackendError, InputError, RetrievalError
-from retrieval.types import Progress
+from retrieval.types import Assertion, Finding, Progress
 
 _SENTENCE = re.compile(r"(?<=[.;:?!])\s+|\n")
 _WORDS = re.compile(r"[A-Za-z]{3}")
@@ -30,9 +30,6 @@ _DENIAL = re.compile(
     r"\b(no|not|without|negative|free of|absent|absence|resolved|rather than|unlikely|clear|unremarkable|normal|"
     r"within normal limits|intact|stable|unchanged|limits)\b",
     re.IGNORECASE,
-)
-_BEFORE = (
-    r"\b(no|not|without|negative|free of|absent|absence of|resolved|resolution of|clear of|rule out|exclude)\b[^.;]*?"
 )
 
 
@@ -106,14 +103,12 @@ def denies(sentence: str) -> bool:
     return bool(_DENIAL.search(sentence))
 
 
-def affirmed(study: Study, topics: Sequence[Topic]) -> NDArray[np.bool_]:
-    """(F,) which findings some sentence of the report mentions without a denial before the mention."""
-    return np.array([any(_affirms(s, topic.pattern) for s in study.sentences) for topic in topics], dtype=bool)
-
-
-def _affirms(sentence: str, pattern: str) -> bool:
-    mentioned = re.search(pattern, sentence, re.IGNORECASE)
-    return bool(mentioned) and not re.search(f"{_BEFORE}(?:{pattern})", sentence, re.IGNORECASE)
+def said(findings: Sequence[Finding], topics: Sequence[Topic]) -> NDArray[np.int8]:
+    """(F,) what a report says of each finding: 1 affirmed, -1 only in doubt, 0 denied or not mentioned."""
+    states = {Assertion.affirmed: 1, Assertion.uncertain: -1, Assertion.negated: 0}
+    told = {(finding.concept, states[finding.assertion]) for finding in findings}
+    found = [{state for concept, state in told if concept in topic.concepts} for topic in topics]
+    return np.array([1 if 1 in states else -1 if -1 in states else 0 for states in found], np.int8)
 
 
 def data_digest(studies: Sequence[Study]) -> str:
@@ -141,7 +136,7 @@ def films(paths: Sequence[Path], side: int, cache: Path, progress: Progress) -> 
                 if n % 500 == 499:
                     progress("decoding", n + 1, len(paths))
         write_array(kept, out)
-    mapped: NDArray[np.uint8] = np.load(kept, mmap_mode="r", allow_pickle=False)
+    mapped: NDArray[np.uint8] = np.load(kept, mmap_mode="c", allow_pickle=False)  # as torch wants it
     return mapped
 
 

@@ -28,7 +28,7 @@ from torch import Tensor, distributed, nn
 from encoders.recipe import Pace, kind_of
 from encoders.saving import folder_made, load, save, write_json
 from retrieval.errors import BackendError, InputError
-from retrieval.types import Encoder, Progress
+from retrieval.types import Encoder, Linker, Progress
 
 CHECKPOINT = "checkpoint.safetensors"
 
@@ -78,25 +78,30 @@ class Course(Protocol):
         ...
 
 
-def train(recipe: Path, out: Path | None, progress: Progress, text: Encoder | None = None) -> Path:
+def train(
+    recipe: Path, out: Path | None, progress: Progress, text: Encoder | None = None, linker: Linker | None = None
+) -> Path:
     """Train by the recipe, or go on where a run of it was stopped; the folder that holds the weights.
 
     out: None means `runs/<name of the recipe>`. text: the frozen text encoder of a film tower, None for the packaged
-    one. Under `torchrun` every process learns from its own draw and the gradients are averaged.
+    one. linker: what reads its findings in the reports. Under `torchrun` every process learns from its own draw and
+    the gradients are averaged.
     Raises InputError for a bad recipe or data, BackendError where the loss stops being a number or the weights
     cannot be written.
     """
     kind = kind_of(recipe)
     folder, cache = folder_made(out or Path("runs") / recipe.stem), Path("runs") / "cache"
     with _processes():
-        return _Run(_course(kind, recipe, cache, progress, text), folder, progress).to_the_end()
+        return _Run(_course(kind, recipe, cache, progress, text, linker), folder, progress).to_the_end()
 
 
-def _course(kind: str, recipe: Path, cache: Path, progress: Progress, text: Encoder | None) -> Course:
+def _course(
+    kind: str, recipe: Path, cache: Path, progress: Progress, text: Encoder | None, linker: Linker | None
+) -> Course:
     if kind == "film":
         from encoders.film import film_course
 
-        return film_course(recipe, cache, progress, text)
+        return film_course(recipe, cache, progress, text, linker)
     if kind == "text":
         from encoders.text_course import text_course
 

@@ -298,9 +298,10 @@ def train(
 ) -> None:
     """Train an encoder by a recipe; the same command again resumes."""
     from encoders.train import train as run_recipe
+    from server.assemble import Config
 
     with terminal.progress() as progress:
-        run_recipe(recipe, out, progress)
+        run_recipe(recipe, out, progress, linker=_home().models.linker(Config.given()))
 
 
 @app.command()

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import random
 import subprocess
@@ -17,13 +18,14 @@ from torch import nn
 
 from encoders import film
 from encoders import train as training
-from encoders.film import Shards, build
+from encoders.film import Shards, build, decided, learned_from
 from encoders.lesson import augmented
-from encoders.recipe import Augment, Pace, Recipe, read
-from encoders.studies import Study, affirmed, is_held_out, read_studies
+from encoders.packed import pack
+from encoders.recipe import Augment, Pace, Recipe, Tower, read
+from encoders.studies import is_held_out, read_studies, said
 from retrieval.errors import BackendError, InputError
-from retrieval.types import Progress
-from tests.fakes import HashingEncoder
+from retrieval.types import Assertion, Finding, Progress
+from tests.fakes import HashingEncoder, WordLinker
 
 _RECIPE = """
 templates = ["{}", "film with {}"]
@@ -44,11 +46,11 @@ size_grown = 0.6
 [[findings]]
 name = "square"
 phrases = ["bright square", "square"]
-pattern = 'square'
+concepts = ["square"]
 [[findings]]
 name = "line"
 phrases = ["line"]
-pattern = 'line'
+concepts = ["line", "stripe"]
 """
 
 
@@ -57,7 +59,7 @@ def _quiet(phase: str, done: int, total: int | None) -> None:
 
 
 def train(recipe: Path, out: Path | None, progress: Progress) -> Path:
-    return training.train(recipe, out, progress, HashingEncoder(dim=24))
+    return training.train(recipe, out, progress, HashingEncoder(dim=24), WordLinker(["square", "line"]))
 
 
 def _film(path: Path, square: bool) -> None:
@@ -82,7 +84,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             _film(tmp_path / "tiny" / name, square)
         rows.append({
             "uid": f"S{number}",
-            "findings": "Bright square. No line." if square else "A line. There is no square.",
+            "findings": "Bright square. No line." if square else "A line. No square.",
             "impression": f"Study {'alpha' if square else 'beta'} {number // 4}.",
             "images": [{"file": n, "projection": s} for n, s in zip(names, ("Frontal", "Lateral"), strict=True)],
         })  # fmt: skip
@@ -102,7 +104,7 @@ def test_a_recipe_makes_weights_a_config_and_a_lineage(place: Path) -> None:
     assert config["text_digest"] == "hashing-text"
     weights = load_file(folder / "model.safetensors")
     assert {v.dtype for v in weights.values() if v.is_floating_point()} == {torch.float16}
-    build("test_resnet", 24).load_state_dict(weights)
+    build(Tower(name="test_resnet", size=48), 24).load_state_dict(weights)
     lineage = json.loads((folder / "lineage.json").read_text())
     assert lineage["recipe"]["schedule"]["seed"] == lineage["seed"] == 3
     assert [epoch["size"] for epoch in lineage["epochs"]] == [32, 32, 48]
@@ -212,7 +214,7 @@ def test_the_loss_falls(place: Path) -> None:
         ("size_from = 32", "size_from = 96", "size_from must be 0 or lie between"),
         ("size = 48", "size = 48\ndropout = 0.1", "would not be repeatable"),
         ("shards = 2", "shards = 3", r"shards must divide schedule\.batch"),
-        ("pattern = 'line'", "pattern = '('", r"findings\[1\]\.pattern is no regular expression"),
+        ('concepts = ["line", "stripe"]', "concepts = []", r"findings\[1\]\.concepts is empty"),
         ('phrases = ["line"]', 'phrases = [""]', r"findings\[1\]\.phrases holds no phrase"),
         ('phrases = ["line"]', 'phrases = "line"', "a list is needed"),
         ('"film with {}"', '"film"', "must hold {} once"),
@@ -281,11 +283,94 @@ def test_the_held_out_fifth_never_trains(place: Path) -> None:
     assert all(is_held_out(uid) for uid in parts["dev"])
 
 
-def test_only_affirmed_findings_teach(tmp_path: Path) -> None:
+def test_a_report_affirms_doubts_or_leaves_a_finding_out(tmp_path: Path) -> None:
     (tmp_path / "recipe.toml").write_text(_RECIPE)
     topics = read(tmp_path / "recipe.toml").findings
-    study = Study("S", "", ("There is no bright square.", "A line without a square."), (), ())
-    assert affirmed(study, topics).tolist() == [False, True]
+    square, doubt = Finding("square", Assertion.negated, (0, 1)), Finding("line", Assertion.uncertain, (2, 3))
+    assert said([square, doubt], topics).tolist() == [0, -1]
+    assert said([doubt, Finding("stripe", Assertion.affirmed, (4, 5))], topics).tolist() == [0, 1]
+    assert said([], topics).tolist() == [0, 0]
+
+
+def test_findings_need_a_linker(place: Path) -> None:
+    with pytest.raises(InputError, match="a linker must be given"):
+        training.train(place / "recipe.toml", None, _quiet, HashingEncoder(dim=24))
+
+
+def test_a_finding_in_doubt_pulls_nowhere_and_a_rare_one_counts_more() -> None:
+    logits = torch.zeros(2, 2, requires_grad=True)
+    loss = decided(logits, torch.tensor([[1, -1], [0, 0]]), torch.tensor([4.0, 1.0]))
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert loss.item() == pytest.approx((4 + 1 + 1) * math.log(2) / 3)
+    assert logits.grad is not None
+    assert logits.grad.mul(3).tolist() == [[pytest.approx(-2.0), 0.0], [0.5, 0.5]]
+    assert decided(logits, torch.full((2, 2), -1), torch.ones(2)).item() == 0
+
+
+def test_a_packed_lesson_trains_where_the_collection_is_not(place: Path) -> None:
+    plan, linker = read(place / "recipe.toml"), WordLinker(["square", "line"])
+    taught, digests = learned_from(plan, place / "cache", _quiet, HashingEncoder(dim=24), linker)
+    pack(place / "tiny.lesson", plan, taught, digests)
+    (place / "tiny").rename(place / "elsewhere")
+    found, told = learned_from(plan, place / "cache", _quiet)
+    assert told == digests
+    assert np.abs(found.films.astype(int) - taught.films).mean() < 8  # WebP
+    assert torch.equal(found.texts.states, taught.texts.states)
+    torch.testing.assert_close(found.texts.reports, taught.texts.reports, atol=1e-3, rtol=0)
+    assert [list(s) for s in found.texts.said] == [list(s) for s in taught.texts.said]
+    np.testing.assert_array_equal(found.draw, taught.draw)
+    lineage = json.loads((training.train(place / "recipe.toml", None, _quiet) / "lineage.json").read_text())
+    assert lineage["data_digest"] == digests["data"]
+    (place / "recipe.toml").write_text(_RECIPE.replace('"line"]', '"line", "stripe"]'))
+    with pytest.raises(InputError, match="packed for another recipe"):
+        training.train(place / "recipe.toml", None, _quiet)
+
+
+def _shipping(place: Path, monkeypatch: pytest.MonkeyPatch, tensors: dict[str, torch.Tensor]) -> None:
+    """A package `some_weights` with these tensors."""
+    (place / "some_weights").mkdir()
+    torch.save(tensors, place / "some_weights" / "tower.pth")
+    monkeypatch.syspath_prepend(str(place))
+
+
+def test_a_tower_starts_from_the_weights_of_a_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import timm
+
+    given = timm.create_model("test_resnet", num_classes=10).state_dict()
+    _shipping(tmp_path, monkeypatch, {f"layer{n}": value for n, value in enumerate(given.values())})
+    plan = Tower(name="test_resnet", size=48, start="some_weights")
+    made = build(plan, 24).state_dict()
+    first, *others = [name for name in given if not name.startswith("fc")]
+    torch.testing.assert_close(made[first], given[first].sum(1, keepdim=True))
+    assert all(torch.equal(made[name], given[name]) for name in others)
+    assert made["fc.weight"].shape == (24, given["fc.weight"].shape[1])
+    with pytest.raises(InputError, match="tensors, the tower"):
+        build(dataclasses.replace(plan, name="test_vit"), 24)
+
+
+def test_a_start_that_is_missing_or_damaged_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = Tower(name="test_resnet", size=48, start="some_weights")
+    with pytest.raises(InputError, match="install the package some-weights"):
+        build(plan, 24)
+    _shipping(tmp_path, monkeypatch, {})
+    (tmp_path / "some_weights" / "tower.pth").write_bytes(b"no weights")
+    with pytest.raises(InputError, match="cannot be read as weights"):
+        build(plan, 24)
+
+
+@pytest.mark.parametrize("augment", ["mix = 0.5", "cover = 0.5"])
+def test_films_can_be_mixed_and_covered(place: Path, augment: str) -> None:
+    (place / "recipe.toml").write_text(_RECIPE.replace("[[findings]]", f"[augment]\n{augment}\n[[findings]]", 1))
+    once, again = (load_file(train(place / "recipe.toml", place / n, _quiet) / "model.safetensors") for n in "ab")
+    assert all(torch.equal(value, again[name]) for name, value in once.items())
+
+
+def test_a_covered_film_has_a_grey_box() -> None:
+    films = torch.ones(4, 1, 40, 40)
+    still = Augment(zoom_low=1, zoom_high=1, shift=0, rotate=0, contrast=0, brightness=0, noise=0, cover=0.5)
+    seen = augmented(films, 40, still)
+    assert set(seen.mul(100).round().unique().tolist()) == {50, 100}
+    assert (seen < 0.6).flatten(1).float().mean(1).max() <= 0.25
 
 
 def test_a_film_is_only_resized_where_nothing_is_to_vary() -> None:
