@@ -77,7 +77,14 @@ _RELATIVE = re.compile(
 )
 _OWN = re.compile(r";|\b(?:patient|pt)\b(?!['’])", re.IGNORECASE)  # from here on, the patient is spoken of again
 _PAST = re.compile(
-    r"\b(?:history of|h/o|hx of|hx|prior|previous|previously|status post|s/p|old|past)\W+(?:\w+\W+){0,4}$",
+    r"\b(?:history of|h/o|hx of|hx|prior|previous|previously|status post|s/p|old|past)\W+(?:\w+\W+){0,4}$"
+    r"|\bon (?:an? |the )?(?:previous|prior|old|earlier|outside)\b[^.;]*,[^,.;]*\b(?:was|were)\b[^,.;]*$",
+    re.IGNORECASE,
+)
+_SEEN_BEFORE = re.compile(
+    r"\W+(?:(?:was|were) )?(?:seen|noted|described|present|identified|reported|demonstrated) on "
+    r"(?:an? |the )?(?:previous|prior|old|earlier|outside)\b"
+    r"(?![^.;]*\b(?:has|have|is|are|again|remains?|persists?|now|unchanged|stable|currently)\b)",
     re.IGNORECASE,
 )
 
@@ -147,7 +154,8 @@ def _in_context(text: str, span: tuple[int, int], sentence: _Sentence, sections:
     before = text[sentence.start : span[0]]
     if _RELATIVE.search(_OWN.split(before)[-1]):
         return Reading(Assertion.uncertain, "family")
-    return Reading(Assertion.affirmed, "past") if _PAST.search(before) else reading
+    past = _PAST.search(before) or _SEEN_BEFORE.match(text, span[1])
+    return Reading(Assertion.affirmed, "past") if past else reading
 
 
 class _Sentence:

@@ -304,6 +304,19 @@ def test_a_reading_names_its_cue() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("text", "word", "cue"),
+    [
+        ("On a previous outside scan (XXXX), the right upper lobe was consolidated.", "consolidated", "past"),
+        ("Pneumonia was seen on the prior chest CT.", "Pneumonia", "past"),
+        ("The effusion seen on the prior study has grown.", "effusion", ""),
+    ],
+)
+def test_what_an_earlier_film_showed_is_past_unless_it_is_there_today(text: str, word: str, cue: str) -> None:
+    span = (text.index(word), text.index(word) + len(word))
+    assert readings(text, [span]) == [Reading(Assertion.affirmed, cue)]
+
+
 def test_no_spans_give_no_assertions() -> None:
     assert assertions("No effusion.", []) == []
 
