@@ -34,7 +34,7 @@ BYTES = (24, 16, 32, 48, 96)
 FITTED = ("opq+ivfpq", "rabitq", "sq4", "sq8", "ivfpq")  # to the documents alone
 LEARNED = ("distill", "turned", "distill, labels", "contrastive, labels", "distill, plain", "contrastive, first")
 METHODS = (*FITTED, *LEARNED)
-RECIPE = Recipe(steps=300)
+RECIPE = Recipe()
 _IP = untyped_faiss.METRIC_INNER_PRODUCT
 
 

@@ -29,7 +29,7 @@ from retrieval.types import Matrix, Progress
 
 ARMS = ("listnet", "kl", "mse", "margin_mse", "ranknet", "contrastive")
 _SCALE_RATE = 0.02
-_NEAREST = 4  # codewords of a soft choice
+_NEAREST = 2  # codewords of a soft choice
 _PAIRS_AT_ONCE = 1 << 24  # of candidates, in the one arm that compares all
 
 
@@ -69,17 +69,17 @@ def _ranknet(student: Tensor, teacher: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """How the quantizers are learned. The defaults were chosen on SciFact train queries (docs/distill_vq.md)."""
+    """How the quantizers are learned. The defaults were chosen on dev queries (docs/distill_vq.md)."""
 
     arm: str = "listnet"
-    steps: int = 600  # at most
+    steps: int = 200  # at most
     passes: int = 30  # over the queries, at most
-    batch: int = 128  # queries
-    sampled: int = 3  # of the teacher's best, for each query; all candidates are shared in the batch
+    batch: int = 32  # queries
+    sampled: int = 16  # of the teacher's best, for each query; all candidates are shared in the batch
     best: int = 200  # how many of the teacher's best they are drawn from
-    tau: float = 0.15  # temperature, as a share of what lies between the scores of a query's first and last best
-    lr_ivf: float = 0.03  # as a share of the size of a codeword's coordinates, as the next
-    lr_pq: float = 0.03
+    tau: float = 0.1  # temperature, as a share of what lies between the scores of a query's first and last best
+    lr_ivf: float = 0.003  # as a share of the size of a codeword's coordinates, as the next
+    lr_pq: float = 0.003
     warmup: float = 0.1  # share of the steps, then down to zero in a straight line
     seed: int = 0
 
@@ -256,7 +256,9 @@ class _Student:
         books, width = self.codebooks, self.codebooks.shape[2]
         parts = residuals.view(len(residuals), len(books), width).transpose(0, 1)  # (M, N, D / M)
         with torch.no_grad():
-            distances = books.square().sum(2)[:, None] - 2 * parts @ books.transpose(1, 2)  # (M, N, C) less |part|^2
+            distances = torch.baddbmm(
+                books.square().sum(2)[:, None], parts, books.transpose(1, 2), alpha=-2
+            )  # - |part|^2
             nearest = distances.topk(min(_NEAREST, books.shape[1]), 2, largest=False).indices  # (M, N, few)
             nearest += torch.arange(len(books), device=self.device)[:, None, None] * books.shape[1]
         chosen = F.embedding(nearest, books.reshape(-1, width))  # (M, N, few, D / M)

@@ -44,14 +44,41 @@ def fitted(sample: Matrix, codes: int, lists: int, seed: int = 0, queries: Matri
         sample = np.resize(sample, (CODEWORDS, dim))
     stretch = np.eye(dim, dtype=np.float32) if queries is None else _stretch(sample, queries)
     sample = np.ascontiguousarray(sample @ stretch.T)
-    rotation = _rotation(sample, codes, seed)
-    inverted = faiss.IndexIVFPQ(faiss.IndexFlatIP(dim), dim, lists, codes, 8, _IP)
-    inverted.pq.cp.niter = 10  # of 25: the recall is the same
-    for clustering in (inverted.cp, inverted.pq.cp):
-        clustering.min_points_per_centroid = 1  # FAISS prints a warning otherwise
-        clustering.seed = clustering.seed + seed
-    inverted.train(np.ascontiguousarray(sample @ rotation.T))
-    return Quantizers(np.ascontiguousarray(rotation @ stretch), *_held(inverted))
+    centroids = _centroids(sample, lists, seed)
+    residuals = sample - centroids[_lists_of(sample, centroids)]
+    rotation = _rotation(residuals, codes, seed)
+    quantizers = _quantizers(dim, codes, 10, seed)  # iterations, of 25: the recall is the same
+    quantizers.train(np.ascontiguousarray(residuals @ rotation.T))
+    codebooks = faiss.vector_to_array(quantizers.centroids).reshape(codes, CODEWORDS, dim // codes)
+    return Quantizers(
+        np.ascontiguousarray(rotation @ stretch), np.ascontiguousarray(centroids @ rotation.T), codebooks
+    )
+
+
+def _centroids(sample: Matrix, lists: int, seed: int) -> Matrix:
+    """(L, D) of spherical k-means, as FAISS makes them for an inner product."""
+    clustering = faiss.Clustering(sample.shape[1], lists)
+    clustering.spherical, clustering.niter, clustering.min_points_per_centroid = True, 10, 1
+    clustering.seed += seed
+    clustering.train(sample, faiss.IndexFlatIP(sample.shape[1]))
+    found: NDArray[np.float32] = faiss.vector_to_array(clustering.centroids).reshape(lists, -1)
+    return found
+
+
+def _lists_of(rows: Matrix, centroids: Matrix) -> NDArray[np.int64]:
+    """(N,) the list that each row goes to: the one whose centroid scores best."""
+    coarse = faiss.IndexFlatIP(centroids.shape[1])
+    coarse.add(np.ascontiguousarray(centroids))
+    found: NDArray[np.int64] = coarse.search(rows, 1)[1][:, 0]
+    return found
+
+
+def _quantizers(dim: int, codes: int, iterations: int, seed: int = 0) -> Any:
+    quantizers = faiss.ProductQuantizer(dim, codes, 8)
+    quantizers.cp.niter = iterations
+    quantizers.cp.min_points_per_centroid = 1  # FAISS prints a warning otherwise
+    quantizers.cp.seed += seed
+    return quantizers
 
 
 def _stretch(sample: Matrix, queries: Matrix) -> Matrix:
@@ -104,18 +131,13 @@ def quantizers_of(index: Any) -> Quantizers:
     """What an index that is faced to documents quantizes with; copies."""
     transform = faiss.downcast_VectorTransform(index.chain.at(0))
     turn = faiss.vector_to_array(transform.A).reshape(index.d, index.d)
-    return Quantizers(turn, *_held(faiss.downcast_index(index.index)))
-
-
-def _held(inverted: Any) -> tuple[Matrix, NDArray[np.float32]]:
-    """(centroids, codebooks)"""
-    pq = inverted.pq
-    codebooks = faiss.vector_to_array(pq.centroids).reshape(pq.M, pq.ksub, pq.dsub)
-    return inverted.quantizer.reconstruct_n(0, inverted.nlist), codebooks
+    inverted = faiss.downcast_index(index.index)
+    codebooks = faiss.vector_to_array(inverted.pq.centroids).reshape(inverted.pq.M, CODEWORDS, -1)
+    return Quantizers(turn, inverted.quantizer.reconstruct_n(0, inverted.nlist), codebooks)
 
 
 def _rotation(sample: Matrix, codes: int, seed: int) -> Matrix:
-    """(D, D) orthogonal: the rotation after which `codes` quantizers lose least (non-parametric OPQ).
+    """(D, D) orthogonal: after it `codes` quantizers lose least of `sample` (non-parametric OPQ).
 
     Alternates between quantizers for a rotation and the rotation for quantizers (an orthogonal Procrustes
     problem), starting from a random one.
@@ -124,9 +146,7 @@ def _rotation(sample: Matrix, codes: int, seed: int) -> Matrix:
     sample = sample[spread(rows, _ROTATION_ROWS)]
     start = np.random.default_rng(seed).standard_normal((dim, dim))
     rotation: Matrix = np.linalg.qr(start)[0].astype(np.float32)
-    quantizers = faiss.ProductQuantizer(dim, codes, 8)
-    quantizers.cp.niter = 4
-    quantizers.cp.min_points_per_centroid = 1
+    quantizers = _quantizers(dim, codes, 4)
     for _ in range(_ROTATION_ROUNDS):
         rotated = np.ascontiguousarray(sample @ rotation.T)
         quantizers.train(rotated)

@@ -14,7 +14,7 @@ Ask = Callable[[str, Sequence[str]], Matrix | None]
 
 CUT = 4_096  # windows of a collection that are encoded
 SHORTEST, LONGEST = 8, 32  # words of a window where a text has no sentence marks, and of what is cut from a sentence
-MOST = 32_768  # queries to learn from; more teach nothing that these do not
+MOST = 8_192  # queries to learn from; a few more than learning gets through
 _SENTENCE_END = re.compile(r"(?<=[.!?;])\s+|\n+")
 _NEAR = 0.5  # length of the noise around a unit vector
 

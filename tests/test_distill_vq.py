@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
@@ -27,7 +28,7 @@ from retrieval.types import Document, Encoded, Prepared, Side, SpaceInfo
 
 Array = NDArray[np.float32]
 SPEC = "distillvq:M=4,nlist=8"
-QUICK = Recipe(steps=60, batch=32)
+QUICK = Recipe(steps=60, lr_ivf=0.03, lr_pq=0.03)
 
 
 @pytest.fixture(autouse=True)
@@ -178,7 +179,7 @@ def test_what_the_student_scores_is_what_faiss_scores() -> None:
 @pytest.mark.parametrize("arm", ARMS)
 def test_learning_agrees_better_with_the_teacher_and_leaves_the_turn(arm: str) -> None:
     start, stored, known = started(), Stored([clustered(600)]), taught_by()
-    learned = distill(start, stored, known, quiet, Recipe(arm=arm, steps=60, batch=32))
+    learned = distill(start, stored, known, quiet, replace(QUICK, arm=arm))
     np.testing.assert_array_equal(learned.turn, start.turn)
     assert not np.array_equal(learned.codebooks, start.codebooks)
     assert not np.array_equal(learned.centroids, start.centroids)
@@ -189,7 +190,7 @@ def test_learning_agrees_better_with_the_teacher_and_leaves_the_turn(arm: str) -
 def test_equal_seeds_learn_equally_and_a_second_fit_starts_afresh() -> None:
     stored, known = Stored([clustered(600)]), taught_by()
     first, again = (distill(started(), stored, known, quiet, QUICK) for _ in range(2))
-    other = distill(started(), stored, known, quiet, Recipe(steps=60, batch=32, seed=1))
+    other = distill(started(), stored, known, quiet, replace(QUICK, seed=1))
     np.testing.assert_array_equal(first.codebooks, again.codebooks)
     assert not np.array_equal(first.codebooks, other.codebooks)
 
@@ -214,14 +215,14 @@ def test_a_cancelled_fit_stops_at_the_step() -> None:
 
 def test_a_fit_that_diverges_is_no_index() -> None:
     with pytest.raises(BackendError, match="diverged"):
-        distill(started(), Stored([clustered(600)]), taught_by(), quiet, Recipe(steps=60, batch=32, tau=0.0))
+        distill(started(), Stored([clustered(600)]), taught_by(), quiet, replace(QUICK, tau=0.0))
 
 
 def test_learning_that_helps_nobody_is_dropped() -> None:
     stored = Stored([clustered(600)])
-    harmful = Recipe(steps=30, batch=32, lr_ivf=30.0, lr_pq=30.0)
+    harmful = replace(QUICK, lr_ivf=30.0, lr_pq=30.0)
     assert taught(started(), stored, clustered(200, seed=1), quiet, harmful) is None
-    assert taught(started(), stored, clustered(200, seed=1), quiet, QUICK) is not None
+    assert taught(started(), stored, clustered(1_600, seed=1), quiet, QUICK) is not None
 
 
 # --- as a vector index -----------------------------------------------------------------------------
