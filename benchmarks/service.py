@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import http.client
+import itertools
 import json
 import os
 import signal
@@ -19,7 +20,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
@@ -30,6 +31,7 @@ from benchmarks.collections import data
 from benchmarks.rivals import python_with
 from encoders.text import packaged, text_encoder
 from retrieval.files import read_source
+from retrieval.retrievers import DEPTH
 from retrieval.types import Document, Item, Matrix, Part, Qrels, Query
 from server.assemble import Config
 from server.home import Home, silent
@@ -39,25 +41,32 @@ OUT = Path("docs/service.md")
 HOME = Path(".bench/service")
 CONFIG = Config(image_encoder="none", ontology="none")
 K = 10
-CLIENTS = (1, 8)
-BATCH = 8  # of the bare loop: what eight clients give the server to do together
-WARM = 50  # queries before the clock starts
+CLIENTS = (1, 8)  # the bare loop does as many queries together
+WARM = 16  # queries before the clock starts, every turn
+TURNS = 5
 
 Ask = Callable[[str], list[str]]  # a query to the ids found
 
 
-class Measured(NamedTuple):
-    """Latencies in ms, ascending, of `seconds` of asking."""
+class Measured:
+    """What a number of clients got of one engine, over all the turns that it had."""
 
-    latencies: list[float]
-    seconds: float
-    recall: float
-    memory_mib: float
+    def __init__(self) -> None:
+        self.latencies: list[float] = []  # ms
+        self.seconds = 0.0
+        self.found: dict[str, list[str]] = {}  # query -> ids of its last answer
+        self.server_cpu = self.client_cpu = 0.0  # s
+        self.memory_mib = 0.0
+        self.took: dict[str, float] = defaultdict(float)  # stage -> ms of all answers that tell them
 
-    def cells(self) -> list[str]:
-        at = [self.latencies[min(len(self.latencies) - 1, int(len(self.latencies) * p))] for p in (0.5, 0.95, 0.99)]
-        rate = len(self.latencies) / self.seconds
-        return [f"{rate:.0f}", *(f"{ms:.1f}" for ms in at), f"{self.recall:.3f}", f"{self.memory_mib:.0f}"]
+    def cells(self, qrels: Qrels) -> list[str]:
+        ordered, count = sorted(self.latencies), len(self.latencies)
+        at = [ordered[min(count - 1, int(count * p))] for p in (0.5, 0.95, 0.99)]
+        busy = [cpu * 1000 / count for cpu in (self.server_cpu, self.client_cpu)]
+        return [
+            f"{count / self.seconds:.1f}", *(f"{ms:.1f}" for ms in (*at, *busy)),
+            f"{recall(self.found, qrels):.3f}", f"{self.memory_mib:.0f}",
+        ]  # fmt: skip
 
 
 class Work(NamedTuple):
@@ -78,23 +87,24 @@ class Work(NamedTuple):
 
 def main() -> None:
     options = arguments()
-    seconds = options.seconds
     work = work_of(options.documents)
-    rows = [["engine", "clients", "queries/s", "p50 ms", "p95 ms", "p99 ms", f"R@{K}", "MiB"], ["---"] * 8]
-    spent = ""
-    for name, engine in (("Lightbox", lightbox), ("txtai, hybrid", txtai), ("Chroma, vectors only", chroma)):
-        with engine(work) as running:
-            if running is None:
-                continue
-            for clients in CLIENTS:
-                running.took.clear()
-                found = measured(running, work, clients, seconds)
-                rows.append([name, str(clients), *found.cells()])
-                print(" | ".join(rows[-1]), flush=True)
-                spent += where_it_goes(running, found, clients) if running.took else ""
-    loops = {batch: bare_loop(work, seconds, batch) for batch in (1, BATCH)}
-    rows += [["bare loop, no HTTP", f"batches of {b}", f"{rate:.0f}", *[""] * 5] for b, rate in loops.items()]
-    table = "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
+    engines = {"Lightbox": lightbox, "txtai, hybrid": txtai, "Chroma, vectors only": chroma}
+    with ExitStack() as stack:
+        running = {name: stack.enter_context(engine(work)) for name, engine in engines.items()}
+        servers = {name: server for name, server in running.items() if server is not None}
+        loops = {batch: BareLoop(work, batch) for batch in CLIENTS}
+        results = {(name, clients): Measured() for name in servers for clients in CLIENTS}
+        for turn in range(TURNS):
+            for name, server in servers.items():
+                for clients in CLIENTS:
+                    measure(results[name, clients], server, work, clients, options.seconds / TURNS)
+            for loop in loops.values():
+                loop.run(options.seconds / TURNS)
+            print(f"turn {turn + 1} of {TURNS}, load {os.getloadavg()[0]:.1f}", flush=True)
+    rows = [[name, str(clients), *result.cells(work.qrels)] for (name, clients), result in results.items()]
+    rows += [["bare loop, no HTTP", f"batches of {batch}", *loop.cells()] for batch, loop in loops.items()]
+    spent = "".join(where_it_goes(result, clients) for (_, clients), result in results.items() if result.took)
+    table = "\n".join("| " + " | ".join(row) + " |" for row in [HEAD, ["---"] * len(HEAD), *rows]) + "\n"
     machine = f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the end of the run.\n"
     introduction = INTRODUCTION.format(documents=len(work.documents))
     OUT.write_text(f"{introduction}{table}\n{spent}\n{machine}")
@@ -106,23 +116,25 @@ def work_of(count: int | None) -> Work:
     source = read_source(data() / "scifact")
     qrels = source.qrels("test")
     documents = [document for document in source.documents() if isinstance(document, Document)]
-    judged = {id for grades in qrels.values() for id in grades}
-    documents.sort(key=lambda document: document.id not in judged)
+    if count is not None:
+        judged = {id for grades in qrels.values() for id in grades}
+        documents.sort(key=lambda document: document.id not in judged)
     return Work(documents[:count], [query for query in source.queries() if query.id in qrels], qrels)
 
 
-def where_it_goes(running: Running, found: Measured, clients: int) -> str:
+def where_it_goes(result: Measured, clients: int) -> str:
     """The mean times of a request's stages, as our answers tell them, and what is left for HTTP and waiting."""
-    mean = {stage: sum(values) / len(values) for stage, values in running.took.items()}
+    count = len(result.latencies)
+    mean = {stage: ms / count for stage, ms in result.took.items()}
     inside = mean.pop("total")
     other = inside - sum(mean.values())
-    whole = sum(found.latencies) / len(found.latencies)
+    whole = sum(result.latencies) / count
     told = [f"{stage} {ms:.2f}" for stage, ms in mean.items() if ms >= 0.005]
     told += [
         f"the rest of the engine {other:.2f}",
         f"HTTP, JSON and waiting for the batch before {whole - inside:.2f}",
     ]
-    return f"{clients} client{'s' * (clients > 1)}, ms of a mean request ({whole:.2f}): {', '.join(told)}.\n"
+    return f"{clients} client{'s' * (clients > 1)}, ms of a mean request ({whole:.2f}): {', '.join(told)}.\n\n"
 
 
 def arguments() -> argparse.Namespace:
@@ -142,34 +154,43 @@ class Running(NamedTuple):
 
     client: Callable[[], Ask]
     pid: int
-    took: dict[str, list[float]]  # stage -> ms, of every answer that tells them
+    took: dict[str, float]  # stage -> ms, summed over the answers that tell them
 
 
-def measured(running: Running, work: Work, clients: int, seconds: float) -> Measured:
-    """Every client asks one query after another for some seconds."""
-    ask = running.client()
+def measure(result: Measured, server: Running, work: Work, clients: int, seconds: float) -> None:
+    """Every client asks one query after another for some seconds; what was found is added to `result`."""
+    ask = server.client()
     for number in range(WARM):
         ask(work.text(number))
-    latencies: list[float] = []
-    found: dict[str, list[str]] = {}
-    start = time.perf_counter()
+    server.took.clear()
+    before, busy, start = cpu_seconds(server.pid), time.process_time(), time.perf_counter()
+    numbers = itertools.count(len(result.latencies))
 
-    def asking(first: int) -> None:
-        ask, number = running.client(), first
+    def asking() -> None:
+        ask = server.client()
         while time.perf_counter() - start < seconds:
-            begun = time.perf_counter()
-            ids = ask(work.text(number))
-            latencies.append((time.perf_counter() - begun) * 1000)
-            found[work.queries[number % len(work.queries)].id] = ids
-            number += clients
+            query, begun = next(numbers), time.perf_counter()
+            ids = ask(work.text(query))
+            result.latencies.append((time.perf_counter() - begun) * 1000)
+            result.found[work.queries[query % len(work.queries)].id] = ids
 
-    threads = [threading.Thread(target=asking, args=(n,)) for n in range(clients)]
+    threads = [threading.Thread(target=asking) for _ in range(clients)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    taken = time.perf_counter() - start
-    return Measured(sorted(latencies), taken, recall(found, work.qrels), memory_mib(running.pid))
+    result.seconds += time.perf_counter() - start
+    result.client_cpu += time.process_time() - busy
+    result.server_cpu += cpu_seconds(server.pid) - before
+    result.memory_mib = memory_mib(server.pid)
+    for stage, ms in server.took.items():
+        result.took[stage] += ms
+
+
+def cpu_seconds(pid: int) -> float:
+    """Processor time of a process so far."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def recall(found: dict[str, list[str]], qrels: Qrels) -> float:
@@ -254,11 +275,11 @@ def lightbox(work: Work) -> Iterator[Running | None]:
     command = [sys.executable, "-c", "from server.cli import main; main()", "serve", "--port", str(port)]
     settings = {"LIGHTBOX_HOME": str(work.folder), "LIGHTBOX_CACHE": ".bench/home/cache"}
     with process(command, port, "/livez", **settings) as pid:
-        took: dict[str, list[float]] = defaultdict(list)
+        took: dict[str, float] = defaultdict(float)
 
         def ids(answer: Any) -> list[str]:
             for stage, ms in answer["took_ms"].items():
-                took[stage].append(ms)
+                took[stage] += ms
             return [hit["id"] for hit in answer["hits"]]
 
         yield Running(lambda: over_http(port, request, ids), pid, took)
@@ -333,27 +354,45 @@ def get(port: int, path: str) -> Any:
     return json.loads(connection.getresponse().read())
 
 
-def bare_loop(work: Work, seconds: float, batch: int) -> float:
-    """Queries a second of encoding and ranking alone, `batch` at a time, in this process."""
-    engine = home_with(work).engine("scifact")
-    retrieve = engine.retriever("hybrid", engine.snapshot())
-    done, start = -WARM, time.perf_counter()
-    while time.perf_counter() - start < seconds:
-        texts = [work.text(done + n) for n in range(batch)]
-        retrieve(engine.encoded([Query(parts=(Part(text=text),)) for text in texts]), 1000)
-        if done < 0 <= done + batch:
-            start = time.perf_counter()
-        done += batch
-    return done / (time.perf_counter() - start)
+class BareLoop:
+    """Encoding and ranking alone, `batch` queries at a time, in this process."""
+
+    def __init__(self, work: Work, batch: int) -> None:
+        self.work, self.batch = work, batch
+        self.engine = home_with(work).engine("scifact")
+        self.retrieve = self.engine.retriever("hybrid", self.engine.snapshot())
+        self.done, self.seconds, self.cpu = 0, 0.0, 0.0
+
+    def ask(self, first: int) -> None:
+        texts = [self.work.text(first + n) for n in range(self.batch)]
+        self.retrieve(self.engine.encoded([Query(parts=(Part(text=text),)) for text in texts]), DEPTH)
+
+    def run(self, seconds: float) -> None:
+        for first in range(0, WARM, self.batch):
+            self.ask(first)
+        start, busy = time.perf_counter(), time.process_time()
+        while time.perf_counter() - start < seconds:
+            self.ask(self.done)
+            self.done += self.batch
+        self.seconds += time.perf_counter() - start
+        self.cpu += time.process_time() - busy
+
+    def cells(self) -> list[str]:
+        return [f"{self.done / self.seconds:.1f}", "", "", "", f"{self.cpu * 1000 / self.done:.1f}", "", "", ""]
 
 
+HEAD = [
+    "engine", "clients", "queries/s", "p50 ms", "p95 ms", "p99 ms",
+    "server, CPU ms/query", "clients, CPU ms/query", f"R@{K}", "MiB",
+]  # fmt: skip
 INTRODUCTION = """\
 # Many at once
 
 `python -m benchmarks.service`: the ten best of {documents:,} documents of SciFact for its test queries, all-
 MiniLM-L6-v2 everywhere, words and vectors together where the engine can. Clients and server share the machine; a
-client asks its next query when it has the answer to the last. Memory is the server process's resident set after the
-run.
+client asks its next query when it has the answer to the last. Engines take turns of a few seconds, so that a busy
+neighbour is everybody's. Processor time says what a query costs whoever else is there: encoding is the server's, and
+with Chroma the clients'. Memory is the server process's resident set after the run.
 
 """
 
