@@ -57,7 +57,10 @@ class Server:
 
 
 class Worker(threading.Thread):
-    """One client over documents of its own: after every acknowledged step it knows what a search must find."""
+    """One client over documents of its own: after every acknowledged step it knows what a search must find.
+
+    However slow the machine, it goes on until it was answered and has written.
+    """
 
     def __init__(self, number: int, url: str, until: float) -> None:
         super().__init__(name=f"client {number}")
@@ -70,7 +73,7 @@ class Worker(threading.Thread):
 
     def run(self) -> None:
         with Client(self.url, timeout_s=60) as client:
-            while time.monotonic() < self.until and self.fault is None:
+            while self.fault is None and not (time.monotonic() > self.until and self.answers and self.writes):
                 try:
                     self.step(client)
                 except (told.Busy, told.Conflict):
@@ -138,7 +141,7 @@ def server(tmp_path: Path) -> Iterator[Server]:
 
 
 def soak(server: Server, seconds: float) -> tuple[list[Worker], list[int]]:
-    """Clients for some seconds, the server killed twice meanwhile; memory once a second of the last life."""
+    """Clients for some seconds at least, the server killed twice meanwhile; memory once a second of the last life."""
     workers = [Worker(number, server.url, time.monotonic() + seconds) for number in range(CLIENTS)]
     for worker in workers:
         worker.start()
@@ -161,15 +164,15 @@ def soak(server: Server, seconds: float) -> tuple[list[Worker], list[int]]:
 
 def test_twenty_seconds_and_two_kills_lose_nothing(server: Server) -> None:
     workers, _ = soak(server, 20)
-    assert all(worker.answers for worker in workers)
-    assert sum(worker.writes for worker in workers) > CLIENTS
+    assert all(worker.answers > 1 and worker.writes for worker in workers)  # the last was to the check
 
 
 @pytest.mark.long
 @pytest.mark.timeout(1200)
 def test_ten_minutes_and_two_kills_lose_nothing_and_memory_stays_flat(server: Server) -> None:
     workers, memory = soak(server, 600)
-    assert sum(worker.answers for worker in workers) > 100  # a busy machine asks little
+    assert all(worker.answers > 1 and worker.writes for worker in workers)
+    print(sum(worker.answers for worker in workers), "answers", sum(worker.writes for worker in workers), "writes")
     third = len(memory) // 3
     early, late = sorted(memory[third : 2 * third])[third // 2], sorted(memory[-third:])[third // 2]
     assert late < early * 1.15, f"{early} KiB became {late} KiB"
