@@ -159,6 +159,22 @@ def check_searches(index: Embedded, state: State, choose: random.Random) -> None
         np.testing.assert_allclose([hit.score for hit in got], np.sort(scores)[::-1][:5], atol=1e-5)
 
 
+def wait_for_a_moment(journal: Path, choose: random.Random, pace: float) -> float:
+    """Until some step has begun, and then a part of what a step takes (`pace`, s) on this machine; the new pace."""
+    steps, first, until = choose.randint(0, 4), 0.0, time.monotonic() + 60
+    while (begun := lines_of(journal)) <= 2 * steps and time.monotonic() < until:
+        first = first or (time.monotonic() if begun else 0.0)
+        time.sleep(0.001)
+    if steps and first:
+        pace = (pace + (time.monotonic() - first) / steps) / 2
+    time.sleep(choose.uniform(0, pace))
+    return pace
+
+
+def lines_of(journal: Path) -> int:
+    return journal.read_bytes().count(b"\n") if journal.exists() else 0
+
+
 def kill_and_compare(folder: Path, kills: int, seed: int) -> int:
     """How many of the kills cut a step short."""
     small_limits_before = publish.SEALED_AT, embedded.SHARD_AT, publish._much
@@ -167,15 +183,12 @@ def kill_and_compare(folder: Path, kills: int, seed: int) -> int:
     home = folder / "collection"
     written = shown = some_state(choose, 40)
     do(home, None, "build", shown)  # type: ignore[arg-type]
-    cut = 0
+    cut, pace = 0, 0.02
     for number in range(kills):
         journal = folder / f"journal{number}"
         process = CHILDREN.Process(target=child, args=(home, journal, seed * 1000 + number))
         process.start()
-        until = time.monotonic() + 20
-        while not journal.exists() and time.monotonic() < until:
-            time.sleep(0.002)
-        time.sleep(choose.uniform(0, 0.25))
+        pace = wait_for_a_moment(journal, choose, pace)
         assert process.exitcode is None, f"child {number} ended by itself"
         os.kill(process.pid or 0, signal.SIGKILL)
         process.join()
