@@ -175,6 +175,7 @@ def _speed(unseen: Sequence[Report], linker: Dictionary, phrases: Sequence[str])
         "load": os.getloadavg()[0],
         "linking, reports/s": speed.rate(speed.fresh(linker.tables).link, texts),
         "reading assertions, reports/s": speed.reading(texts, findings),
+        "scispaCy's candidates, reports/s": speed.by_candidates(linker, texts, findings),
         "linking, phrases/s": speed.rate(linker.link_queries, phrases),
         "rivals": _rivals(texts),
         "queries": {kind: query._asdict() for kind, query in speed.asked(linker, findings, phrases).items()},

@@ -22,7 +22,9 @@ from retrieval.types import Finding, Linker, Part
 
 REPORTS = 100_000
 DEPTH = 10
+CANDIDATES = 30  # names looked at for a mention, scispaCy's default
 SCRIPT = Path(__file__).with_name("engines") / "read_assertions.py"
+PINS = {"medspacy": ("numpy<2",)}  # what it is compiled against and does not say
 
 
 class Query(NamedTuple):
@@ -64,6 +66,23 @@ def reading(texts: Sequence[str], findings: Sequence[Sequence[Finding]]) -> Rate
     """Reports a second whose mentions are read as affirmed, denied or doubtful."""
     spans = {text: [finding.span for finding in found] for text, found in zip(texts, findings, strict=True)}
     return rate(lambda batch: [assertions(text, spans[text]) for text in batch], texts)
+
+
+def by_candidates(linker: Dictionary, texts: Sequence[str], findings: Sequence[Sequence[Finding]]) -> Rate:
+    """Reports a second on the path of scispaCy's own linker, which is handed our mentions.
+
+    Its pipeline reads every text, its generator looks up every mention among the names of the ontology.
+    """
+    mentions = {
+        text: [text[slice(*f.span)].lower() for f in found] for text, found in zip(texts, findings, strict=True)
+    }
+
+    def work(batch: Sequence[str]) -> None:
+        for text in batch:
+            linker.pipeline.read(text)
+            linker.pipeline.candidates(mentions[text] or ["effusion"], CANDIDATES)
+
+    return rate(work, texts)
 
 
 def perturbed(findings: Sequence[Sequence[Finding]], seed: int = 0) -> Iterator[tuple[Finding, ...]]:
@@ -121,7 +140,7 @@ def rivals(texts: Sequence[str], cases: Sequence[tuple[str, Sequence[tuple[int, 
     given = json.dumps({"texts": list(texts), "cases": list(cases)})
     found: dict[str, Rival | None] = dict.fromkeys(("medspacy", "negspacy"))
     for name in found:
-        python = python_with(name, name)
+        python = python_with(name, name, *PINS.get(name, ()))
         if python is not None:
             command = [python, str(SCRIPT), name]
             done = subprocess.run(command, input=given, capture_output=True, text=True, check=True)

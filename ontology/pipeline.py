@@ -75,14 +75,15 @@ class Pipeline:
         for text in texts:
             spans: list[Span] = []
             for start, piece in _pieces(text) if _EXPLAINED.search(text) else ():
-                for short in self._read(piece)._.abbreviations:
+                for short in self.read(piece)._.abbreviations:
                     number = concept(short._.long_form.text)
                     if number is not None:
                         spans.append(Span(start + short.start_char, start + short.end_char, number))
             found.append(spans)
         return found
 
-    def _read(self, text: str) -> Any:
+    def read(self, text: str) -> Any:
+        """scispaCy's reading of a text: a spaCy document with sentences and abbreviations."""
         with warnings.catch_warnings():  # the detector's matcher is empty until it has met an abbreviation
             warnings.filterwarnings("ignore", message=r"\[W036\]")
             return self.nlp(text)
