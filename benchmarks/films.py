@@ -28,6 +28,8 @@ from encoders.text import text_encoder
 from retrieval.evaluate import evaluate
 from retrieval.files import read_source
 from retrieval.types import Document, Encoder, Hit, Item, Matrix, Query, Ranking, Run
+from server.assemble import Config, Models
+from server.settings import Settings
 
 TASKS = {"label_images": "nDCG@10", "image_reports": "R@10", "report_images": "R@10", "image_images": "nDCG@10"}
 ENOUGH = 5  # studies with a finding, for its AUC to say something
@@ -66,7 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with TemporaryDirectory() as folder:
         tasks = written(Path(folder), given.part)
         encoder = image_encoder(given.weights, text_encoder(None, given.cache), given.cache)
-        figures = measured(encoder, tasks)
+        models = Models(Settings())
+        figures = measured(encoder, tasks, models.image_queries(encoder, models.linker(Config.given())))
     for name, figure in figures.items():
         print(f"{name:44s} {figure.value:.3f}  [{figure.low:.3f}, {figure.high:.3f}]")
     if given.json:
@@ -80,8 +83,11 @@ def written(folder: Path, part: str) -> Path:
     return folder
 
 
-def measured(encoder: Encoder, tasks: Path) -> dict[str, Figure]:
-    """Name of a figure -> the figure, for all tasks and findings."""
+def measured(encoder: Encoder, tasks: Path, asking: Encoder | None = None) -> dict[str, Figure]:
+    """Name of a figure -> the figure, for all tasks and findings.
+
+    asking: what makes queries of words in the product, with the ontology's wordings of a finding.
+    """
     held: dict[str, Matrix] = {}
     figures = {}
     for task, measure in TASKS.items():
@@ -89,6 +95,11 @@ def measured(encoder: Encoder, tasks: Path) -> dict[str, Figure]:
     names, dev, asked = questions(encoder, tasks)
     vectors = encoded(encoder, dev)
     figures |= _aucs("AUC words", names, dev, vectors @ asked.T)
+    if asking is not None:
+        films = {key: vector for key, vector in held.items() if key.endswith(".jpg")}
+        figures["label_images nDCG@10 in all wordings"] = _task(asking, tasks / "label_images", "nDCG@10", films)
+        _, _, joined = questions(asking, tasks)
+        figures |= _aucs("AUC all wordings", names, dev, vectors @ joined.T)
     train = labelled("train", names)
     known = encoded(encoder, train)
     prototypes = np.stack([_contrast(known, train.labels[:, f]) for f in range(len(names))])  # (F, D)
@@ -127,7 +138,12 @@ def _vectors(encoder: Encoder, items: Sequence[Item], held: dict[str, Matrix]) -
 
 
 def _asked(encoder: Encoder, queries: Sequence[Query], held: dict[str, Matrix]) -> Matrix:
-    return _vectors(encoder, [query.parts[0] for query in queries], held)
+    items = [query.parts[0] for query in queries]
+    texts = [item for item in items if item.image is None]
+    fresh = [item.text for item in texts if item.text not in held]
+    if fresh:
+        held.update(zip(fresh, encoder.encode_queries([Item(text=text) for text in fresh]), strict=True))
+    return _vectors(encoder, items, held)
 
 
 def _alone(item: Item) -> Item:

@@ -1,4 +1,4 @@
-"""Everything that a film recipe learns from, in one file: `python -m benchmarks.pack RECIPE.toml FILE.lesson`.
+"""Everything that a film recipe learns from, in one file: `python -m benchmarks.pack [RECIPE.toml FILE]`.
 
 For training on a machine that has neither the collection nor the encoders: see `encoders.packed`.
 """
@@ -16,9 +16,12 @@ from server import terminal
 from server.assemble import Config, Models
 from server.settings import Settings
 
+RECIPE = Path(__file__).parents[1] / "encoders" / "recipes" / "chest-film.toml"
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    recipe, target = map(Path, sys.argv[1:] if arguments is None else arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    recipe, target = map(Path, given or (RECIPE, "runs/iu_xray.lesson"))
     plan, linker = read(recipe), Models(Settings()).linker(Config.given())
     with terminal.progress() as progress:
         pack(target, plan, *learned_from(plan, Path("runs") / "cache", progress, None, linker))

@@ -66,6 +66,7 @@ class Parts(NamedTuple):
     findings_score: FindingsScore | None = None
     scorer: Scorer | None = None
     calibrations: Calibrations = MappingProxyType({})
+    image_queries: Encoder | None = None  # what makes the queries of `image`, where that is not the space's encoder
 
 
 class _Plan(NamedTuple):
@@ -219,7 +220,8 @@ class Engine:
         if leg == "dense":
             return Dense(snapshot, encoders["text"], ("text",), exact)
         if leg == "image":
-            return Dense(snapshot, encoders[self.parts.image_space or ""], ("text", "image"), exact)
+            asking = self.parts.image_queries or encoders[self.parts.image_space or ""]
+            return Dense(snapshot, asking, ("text", "image"), exact)
         if self.parts.linker is None or self.parts.findings_score is None:
             raise ValueError(leg)  # `retriever` lets only the legs through that there are
         ties = Dense(snapshot, encoders["text"]) if "text" in encoders else None

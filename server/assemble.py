@@ -130,7 +130,21 @@ class Models:
             linker=linker,
             findings_score=self.findings_score(linker),
             scorer=self.scorer(config),
+            image_queries=self.image_queries(encoders.get(image_space or ""), linker),
         )
+
+    def image_queries(self, encoder: Encoder | None, linker: Linker | None) -> Encoder | None:
+        """What asks pictures in all wordings that the ontology has for a finding; None where there is no ontology."""
+        if encoder is None or linker is None:
+            return None
+
+        def load() -> Encoder:
+            from encoders.prompts import Prompts
+            from ontology.wordings import wordings
+
+            return cast(Encoder, Prompts(encoder, wordings(cast(Any, linker))))
+
+        return lazily(load)
 
     def encoders(self, config: Config) -> tuple[dict[str, Encoder], str | None]:
         """Space -> encoder, and the space that `image` searches."""
