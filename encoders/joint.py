@@ -84,10 +84,16 @@ class Joint(nn.Module):
         return scores[:, None]
 
     def scored(self, query: Tensor, query_mask: Tensor, document: Tensor, document_mask: Tensor) -> Tensor:
-        """(B,) from what the separate layers made: (B, Q, H), (B, Q), (B, K, H), (B, K)."""
+        """(B,) from what the separate layers made: (B, Q, H), (B, Q), (B, K, H), (B, K).
+
+        Where no layer is separate, from (B, Q) and (B, K) token ids.
+        """
+        if not query.is_floating_point():
+            query, document = self.body.embedded(query), self.body.embedded(document)
         hidden, mask = torch.cat([query, document], 1), torch.cat([query_mask, document_mask], 1)
         hidden = self.body.through(hidden, seen(mask), self.separate, len(self.body.layers))
         width = query.shape[1]
+        hidden = hidden.float()
         made: Tensor = self.head(hidden[:, :width], query_mask, hidden[:, width:], document_mask)
         return made
 

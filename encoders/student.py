@@ -28,6 +28,7 @@ from retrieval.types import Matrix, Progress
 
 BLOCK = 1024  # texts whose tokens are held at once
 BUDGET = 4096  # tokens that go through the layers at once, padding included
+BUDGET_GPU = 131_072
 
 
 class Body:
@@ -91,6 +92,7 @@ class Student:
         if self.body is not None and layers:
             _keep_layers(inner, self.body, layers)
         self.frozen = frozen
+        self.kind = torch.float32  # what its layers compute in; parameters and vectors stay float32
         self.head_only = self.body is not None and frozen == len(self.body.layers) and head
         self._known: dict[str, Tensor] = {}
         self._freeze(inner)
@@ -112,6 +114,11 @@ class Student:
             return whole
         return nn.ModuleList([*self.body.layers[self.frozen :], *list(self.model)[1:]])
 
+    @property
+    def budget(self) -> int:
+        """Tokens that go through the layers at once."""
+        return BUDGET_GPU if self.device.type == "cuda" else BUDGET
+
     def must_learn(self) -> None:
         """Raises InputError where nothing of the tower would learn."""
         if not any(p.requires_grad for p in self.module.parameters()):
@@ -124,7 +131,7 @@ class Student:
         rows = self.below(texts)
         if self.head_only and all(len(row) == 1 for row in rows):  # see `know`
             return nn.functional.normalize(self._encoded(rows), dim=1)
-        groups = budgeted([len(row) for row in rows], BUDGET)
+        groups = budgeted([len(row) for row in rows], self.budget)
         made = torch.cat([self._encoded([rows[n] for n in group]) for group in groups])  # (B, D) in groups' order
         back = torch.from_numpy(np.argsort(np.concatenate(groups)))
         return nn.functional.normalize(made[back.to(made.device)], dim=1)
@@ -140,8 +147,6 @@ class Student:
 
     def below(self, texts: Sequence[str]) -> list[Tensor]:
         """Per text its (L,) token ids, or the (L, H) that the frozen layers make of it."""
-        if not self.frozen:
-            return [torch.tensor(ids) for ids in self._ids(texts)]
         missing = [text for text in dict.fromkeys(texts) if text not in self._known]
         if missing:
             self._remember(missing)
@@ -184,9 +189,11 @@ class Student:
 
     @torch.no_grad()
     def _remember(self, texts: Sequence[str]) -> None:
-        assert self.body is not None
         rows = self._ids(texts)
-        for group in budgeted([len(row) for row in rows], BUDGET):
+        if not self.frozen or self.body is None:
+            self._known |= {text: torch.tensor(ids) for text, ids in zip(texts, rows, strict=True)}
+            return
+        for group in budgeted([len(row) for row in rows], self.budget):
             ids, mask = padded([torch.tensor(rows[n]) for n in group])
             ids, mask = ids.to(self.device), mask.to(self.device)
             hidden = self.body.through(self.body.embedded(ids), seen(mask), 0, self.frozen).half().cpu()
@@ -197,11 +204,15 @@ class Student:
         given, mask = padded(rows)
         given, mask = given.to(self.device), mask.to(self.device)
         features: dict[str, Any] = {"attention_mask": mask.long()}
-        if self.body is None:
-            features = self.model[0](features | {"input_ids": given})
-        else:
-            hidden = given.float() if self.frozen else self.body.embedded(given)
-            features["token_embeddings"] = self.body.through(hidden, seen(mask), self.frozen, len(self.body.layers))
+        with torch.autocast(self.device.type, self.kind, enabled=self.kind != torch.float32):
+            if self.body is None:
+                features = self.model[0](features | {"input_ids": given})
+            else:
+                hidden = given.float() if self.frozen else self.body.embedded(given)
+                features["token_embeddings"] = self.body.through(
+                    hidden, seen(mask), self.frozen, len(self.body.layers)
+                )
+        features["token_embeddings"] = features["token_embeddings"].float()
         for part in list(self.model)[1:]:
             features = part(features)
         made: Tensor = features["sentence_embedding"]

@@ -40,7 +40,7 @@ from encoders.collection import (
 )
 from encoders.contrastive import info_nce, kl_loss
 from encoders.cprd import cprd_loss
-from encoders.film import source
+from encoders.film import precision, source
 from encoders.scores import teacher_scores
 from encoders.student import Student
 from encoders.text import text_encoder
@@ -56,6 +56,7 @@ def text_course(recipe: Path, cache: Path, progress: Progress) -> TextCourse:
     plan = read_text(recipe)
     collection = read_collection(source(plan.data.source), plan.data.held_out, plan.data.split)
     student = begun(plan.student, plan.schedule.seed)
+    student.kind = precision(plan.schedule.precision, student.device)
     base = text_encoder(plan.student.base, cache)
     lesson = Lesson(collection, base, plan.teacher, plan.loss.made > 0, cache, progress)
     lesson.shown_to(student, cache, progress)

@@ -16,6 +16,8 @@ class Judged:
     source: str
     split: str = "train"
     held_out: float = 0.15  # share of the judged queries that choose instead of teaching
+    others: tuple[str, ...] = ()  # collections whose judged queries warm a cross-encoder up
+    share: float = 1.0  # of what warms it up that an epoch draws
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +56,13 @@ class Aim:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CrossAim(Aim):
+    """Weights of a cross-encoder's loss: of the terms there is only the first."""
+
+    made: float = 0.0  # more than 0: the first cycle reads queries that are made from the documents
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TextRecipe:
     """A text tower learns to find what a collection's judged queries ask for."""
 
@@ -72,13 +81,17 @@ class TextRecipe:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CrossRecipe:
-    """A cross-encoder learns to put what is relevant before what the hybrid takes for it."""
+    """A cross-encoder learns to put what is relevant before what the hybrid takes for it.
+
+    With `loss.made` or `data.others`, the first cycle of `schedule.epochs` reads made queries and other collections,
+    and the cycles behind it the labelled queries.
+    """
 
     kind: str
     data: Judged
     student: Start = field(default_factory=Start)
     teacher: Teacher = field(default_factory=Teacher)  # whose candidates it reads; `cross` stays empty
-    loss: Aim = field(default_factory=Aim)
+    loss: CrossAim = field(default_factory=CrossAim)
     schedule: Pace
 
     @property
@@ -124,12 +137,12 @@ class CutRecipe:
 _LIMITS = Limits(
     {
         **PACE.ranges,
-        "data.held_out": (0, 0.9), "data.sentences": (0, 100), "data.limit": (1, 10_000_000),
+        "data.held_out": (0, 0.9), "data.share": (0, 1), "data.sentences": (0, 100), "data.limit": (1, 10_000_000),
         "student.tokens": (0, 8192), "student.frozen": (0, 1000),
         "teacher.depth": (2, 1000), "teacher.weight": (0, 1), "teacher.temperature": (0.001, 10),
         "loss.contrast": (0, 100), "loss.distil": (0, 100), "loss.cprd": (0, 100), "loss.temperature": (0.001, 10),
-        "loss.negatives": (0, 100), "loss.chunk": (0, 1_000_000), "loss.depth": (1, 1000), "loss.made": (0, 100), "loss.relations": (0, 100),
-        "loss.vectors": (0, 100),
+        "loss.negatives": (0, 100), "loss.chunk": (0, 1_000_000), "loss.depth": (1, 1000), "loss.made": (0, 100),
+        "loss.relations": (0, 100), "loss.vectors": (0, 100),
     },
     {**PACE.choices, "kind": ("text", "cross", "cut")},
 )  # fmt: skip
@@ -150,6 +163,11 @@ def read_cross(path: Path) -> CrossRecipe:
     plan: CrossRecipe = read_as(CrossRecipe, path, _LIMITS)
     if not plan.loss.negatives:
         raise InputError("loss.negatives is 0: a cross-encoder learns by comparing", "loss.negatives")
+    if (plan.loss.made or plan.data.others) and len(plan.schedule.epochs) < 2:
+        raise InputError(
+            "made queries and other collections fill the first cycle: schedule.epochs needs a second one",
+            "schedule.epochs",
+        )
     return plan
 
 

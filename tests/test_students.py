@@ -294,6 +294,7 @@ def test_a_chunk_draws_the_second_time_what_it_drew_the_first() -> None:
         ("text", "[schedule]", "[loss]\ncprd = 1.0\n[schedule]", r"loss\.negatives must be 2 or more"),
         ("text", 'kind = "text"', 'kind = "poem"', r"kind is 'poem'; it must be one of"),
         ("cross", "[schedule]", "[loss]\nnegatives = 0\n[schedule]", "learns by comparing"),
+        ("cross", "[schedule]", "[loss]\nmade = 1.0\n[schedule]", r"schedule\.epochs needs a second one"),
         ("cut", "frozen = 1", "frozen = 0", "names no layer"),
         ("text", "frozen = 1", "head = 1", r"student\.head is 1; needed is bool"),
     ],
@@ -375,6 +376,51 @@ def test_a_cross_encoder_learns_reranks_and_teaches(place: Path, base: Path, cro
     more = f'[teacher]\ncross = "{cross}"\ndepth = 4\n[loss]\ndistil = 1.0'
     folder = train(recipe(place, base, "text", more), place / "taught", quiet)
     assert lineage(folder)["teacher_digest"] == ours.digest
+
+
+def test_a_cross_encoder_warms_up_on_what_costs_no_judge(place: Path, base: Path) -> None:
+    """All layers read both sides; made queries and another collection first, labelled queries after."""
+    from encoders.cross import cross_encoder
+    from encoders.joint import load_joint
+    from encoders.models import configuration
+    from retrieval.types import Document, Item
+
+    more = "[loss]\nnegatives = 3\ndepth = 6\nmade = 1.0"
+    path = recipe(place, base, "cross", more, student="frozen = 0")
+    text = path.read_text().replace("held_out = 0.3", 'held_out = 0.3\nothers = ["tiny"]\nshare = 0.5')
+    path.write_text(text.replace("epochs = [2]", "epochs = [1, 1]"))
+    folder = train(path, place / "warm", quiet)
+    told = lineage(folder)
+    assert told["queries"]["warm"] == 48 + 24
+    assert len(told["epochs"]) == 2
+    assert "others_digest" in told
+    config = configuration(folder / "config.json", "warm")
+    assert config["separate"] == 0
+    model = load_joint(folder, config, "warm")
+    with torch.no_grad():
+        wanted = model.module(**model.features([("left", "effusion lung")]))[:, 0]
+    scores = cross_encoder(str(folder), place / "cache").score(
+        Item(text="left"), [Document(id="d", text="effusion lung")]
+    )
+    np.testing.assert_allclose(scores, wanted, atol=1e-3)
+
+
+def test_what_a_document_is_asked_by_is_cut_out_of_it(place: Path, base: Path) -> None:
+    from encoders.cross_course import made_questions
+    from encoders.text import text_encoder
+    from encoders.text_course import Lesson
+    from encoders.text_recipe import Teacher
+
+    collection = read_collection(place / "tiny", 0.3)
+    lesson = Lesson(collection, text_encoder(str(base), place / "cache"), Teacher(), True, place / "cache", quiet)
+    asked = made_questions(lesson, 5)
+    assert len(asked) == 48
+    for question, made in zip(asked, lesson.made, strict=True):
+        own = lesson.texts[made.relevant[0]]
+        assert question.text in own
+        assert len(question.relevant[0]) < len(own)
+        assert own not in question.mined
+        assert len(question.mined) == 5
 
 
 def test_the_two_ways_through_a_joint_encoder_agree(base: Path) -> None:
