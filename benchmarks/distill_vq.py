@@ -32,7 +32,10 @@ OUT = Path("docs/distill_vq.json")
 NLIST, NPROBE, K = 64, 16, 10
 BYTES = (24, 16, 32, 48, 96)
 FITTED = ("opq+ivfpq", "rabitq", "sq4", "sq8", "ivfpq")  # to the documents alone
-LEARNED = ("distill", "turned", "distill, labels", "contrastive, labels", "distill, plain", "contrastive, first")
+LEARNED = ("distill", "turned", "distill, log", "distill, labels", "contrastive, labels", "contrastive, few labels",
+           "distill, plain")  # fmt: skip
+FEW = 64
+START = {"log": "labels", "few labels": ""}  # whose start they share: the same queries, or those that all have
 METHODS = (*FITTED, *LEARNED)
 RECIPE = Recipe()
 _IP = untyped_faiss.METRIC_INNER_PRODUCT
@@ -51,8 +54,7 @@ def main() -> None:
             for method in given.methods.split("|"):
                 key = f"{name}|{size}|{method}|{seed}"
                 if key not in known() and (row := measured(space_of(name), method, size, seed)) is not None:
-                    OUT.write_text(json.dumps(known() | {key: row}, indent=1, sort_keys=True) + "\n")
-                    print(key, row, flush=True)
+                    record(key, row)
     from benchmarks.vq_report import write
 
     results = known()
@@ -62,6 +64,11 @@ def main() -> None:
 def known() -> dict[str, Any]:
     """What has been measured so far, by this or another process."""
     return dict(json.loads(OUT.read_text())) if OUT.exists() else {}
+
+
+def record(key: str, row: dict[str, Any]) -> None:
+    OUT.write_text(json.dumps(known() | {key: row}, indent=1, sort_keys=True) + "\n")
+    print(key, row, flush=True)
 
 
 def _runs(spaces: str, sizes: str, seeds: str) -> Iterable[tuple[str, int, int]]:
@@ -140,11 +147,11 @@ def made(held: Space, method: str, size: int, seed: int) -> Any:
         bits = untyped_faiss.ScalarQuantizer.QT_8bit if method == "sq8" else untyped_faiss.ScalarQuantizer.QT_4bit
         coded = faiss.IndexIVFScalarQuantizer(faiss.IndexFlatIP(kept), kept, NLIST, bits, _IP)
         return _trained(faiss.PCAMatrix(dim, kept), coded, documents, seed)
-    source = "labels" if "labels" in method else "windows"
+    source = method.partition(", ")[2]
     taught = lesson_of(held.name, source)
     if taught is None:
         return None
-    start = started(held.name, size, seed, "" if "plain" in method else source)
+    start = started(held.name, size, seed, START.get(source, source))
     if method == "turned":
         return empty_index(start)
     arm = "contrastive" if method.startswith("contrastive") else "listnet"
@@ -216,23 +223,23 @@ def _trained(turn: Any, inverted: Any, documents: NDArray[np.float32], seed: int
 @cache
 def started(name: str, size: int, seed: int, source: str) -> Quantizers:
     """Where all that learn from these queries start."""
-    taught = lesson_of(name, source) if source else None
+    taught = None if source == "plain" else lesson_of(name, source)
     return fitted(space_of(name).documents, size, NLIST, seed, None if taught is None else taught.queries)
 
 
 @cache
 def lesson_of(name: str, source: str) -> Lesson | None:
-    """Labelled train queries with their documents, or windows with what exact search finds first."""
+    """Train queries with the documents they are labelled with, or as a log without labels; else windows."""
     held = space_of(name)
-    if source == "windows":
+    if source in ("", "plain"):
         return lesson(Stored([held.documents]), held.windows, RECIPE.best, _quiet)
     asked = held.asked.get("train")
     if asked is None:
         return None
     judged = [max(q, key=lambda d: q[d]) if q else -1 for q in asked.qrels]
-    known = np.array([d >= 0 for d in judged])
+    known = np.flatnonzero(np.array(judged) >= 0)[: FEW if source == "few labels" else None]
     queries, positives = asked.vectors[known], np.array(judged, np.int64)[known]
-    return lesson(Stored([held.documents]), queries, RECIPE.best, _quiet, positives)
+    return lesson(Stored([held.documents]), queries, RECIPE.best, _quiet, None if source == "log" else positives)
 
 
 def _quiet(phase: str, done: int, total: int | None) -> None:

@@ -1,0 +1,200 @@
+"""What a `distillvq` side costs as it grows: learning, adding, searching, memory.
+
+``python -m benchmarks.vq_growth [--sizes 10000,100000,1000000]`` adds what is missing to docs/distill_vq.json;
+``python -m benchmarks.distill_vq --draw`` draws it. The vectors are those of real texts (SciFact, ROCO captions and
+sentences cut from both, 384 dimensions) and, beyond them, mixtures of two; stored as int8 rows in shards on disk.
+Learning and searching are processes of their own, so that the memory each is charged with is its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import faiss as untyped_faiss
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.distill_vq import known, record
+from benchmarks.vq_data import FOLDER, space
+from indexers.scan import Stored, nearest, threads
+from indexers.vectors import SideIndex, parse_spec
+from retrieval.types import Matrix
+
+faiss: Any = untyped_faiss
+
+M, REFINE, K = 24, 20, 10
+SHARD = 1 << 18
+ASKED = 300  # queries of the search
+_IP = untyped_faiss.METRIC_INNER_PRODUCT
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", default="10000,100000,1000000")
+    parser.add_argument("--step", choices=("learn", "search"), help="one step of one size, in this process")
+    given = parser.parse_args()
+    for size in map(int, given.sizes.split(",")):
+        folder = FOLDER / "growth" / str(size)
+        if given.step:
+            print(json.dumps(_learn(folder, size) if given.step == "learn" else _search(folder)))
+        elif f"growth|{size}" not in known():
+            _write_shards(folder, size)
+            record(f"growth|{size}", {**_apart("learn", size), **_apart("search", size)})
+
+
+def _apart(step: str, size: int) -> dict[str, Any]:
+    command = [sys.executable, "-m", "benchmarks.vq_growth", "--step", step, "--sizes", str(size)]
+    told = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    print(told, end="", flush=True)
+    return dict(json.loads(told.splitlines()[-1]))
+
+
+# --- the vectors -----------------------------------------------------------------------------------
+
+
+def _real() -> Matrix:
+    spaces = [space(name) for name in ("scifact", "roco_captions")]
+    rows: Matrix = np.concatenate([matrix for one in spaces for matrix in (one.documents, one.windows)])
+    return np.unique(rows, axis=0)
+
+
+def _asked(*parts: str) -> Matrix:
+    spaces = [space(name) for name in ("scifact", "roco_captions")]
+    rows: Matrix = np.concatenate([one.asked[part].vectors for one in spaces for part in parts])
+    return np.random.default_rng(1).permutation(rows)
+
+
+def _write_shards(folder: Path, size: int) -> None:
+    """int8 rows; the real vectors in random order first, then mixtures of two of them (weights 0.6 to 0.95)."""
+    if (folder / "done").exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    real = rng.permutation(_real())
+    for at in range(0, size, SHARD):
+        count = min(SHARD, size - at)
+        rows = real[at : at + count]
+        if len(rows) < count:
+            weights = rng.uniform(0.6, 0.95, (count - len(rows), 1)).astype(np.float32)
+            first, second = (real[rng.integers(len(real), size=len(weights))] for _ in range(2))
+            rows = np.concatenate([rows, weights * first + (1 - weights) * second])
+        largest = np.abs(rows).max(axis=1, keepdims=True)
+        np.save(folder / f"{at:09}.npy", np.round(rows * (127 / largest)).astype(np.int8))
+    (folder / "done").touch()
+
+
+def _shards(folder: Path) -> list[NDArray[np.int8]]:
+    return [np.load(path, mmap_mode="r") for path in sorted(folder.glob("*.npy"))]
+
+
+# --- the steps -------------------------------------------------------------------------------------
+
+
+def _lists(size: int) -> int:
+    """Powers of two, near the square root."""
+    return int(2 ** round(np.log2(size) / 2))
+
+
+def _learn(folder: Path, size: int) -> dict[str, Any]:
+    """Seconds of every phase, by the clock and of the processor, and the most memory that was resident."""
+    spec = parse_spec(f"distillvq:M={M},nlist={_lists(size)},refine={REFINE}")
+    seconds: dict[str, float] = {}
+    last = (time.perf_counter(), "train")
+
+    def told(phase: str, done: int, total: int | None) -> None:
+        del done, total
+        nonlocal last
+        now = time.perf_counter()
+        seconds[last[1]] = seconds.get(last[1], 0.0) + now - last[0]
+        last = (now, phase)
+
+    used, start = time.process_time(), time.perf_counter()
+    side = SideIndex.build(_shards(folder), spec, told, _asked("train", "dev"))
+    told("", 0, None)
+    side.save(folder)
+    return {
+        "spec": str(spec),
+        "real": min(size, len(_real())),
+        "build_s": round(time.perf_counter() - start, 1),
+        "build_cpu_s": round(time.process_time() - used, 1),
+        "phases_s": {phase: round(spent, 1) for phase, spent in seconds.items()},
+        "build_mb": _most_resident(),
+        "code_bytes": round(side.bytes_per_vector, 1),
+        "nprobe": side.measured.effort,
+        "notes": list(side.measured.notes),
+    }
+
+
+def _search(folder: Path) -> dict[str, Any]:
+    """One query at a time on one thread; overlap with exact search; the rate beside FAISS's own IVFPQ."""
+    before = _resident()
+    chunks = _shards(folder)
+    side = SideIndex.load(folder, chunks)
+    asked = _asked("test")[:ASKED]
+    with threads(1):
+        side.search(asked[:8], K)
+        took, used = [], time.process_time()
+        found = []
+        for query in asked:
+            start = time.perf_counter()
+            found.append(side.search(query[None], K).numbers[0])
+            took.append(time.perf_counter() - start)
+        used = time.process_time() - used
+        resident = _resident() - before
+    stored = Stored(chunks)
+    truth = nearest(stored, asked, K)[1][:, :K]
+    overlap = np.mean([len(set(f) & set(t)) / K for f, t in zip(found, truth, strict=True)])
+    return {
+        "p50_ms": round(1_000 * float(np.median(took)), 2),
+        "p95_ms": round(1_000 * float(np.quantile(took, 0.95)), 2),
+        "cpu_ms": round(1_000 * used / len(asked), 2),
+        "overlap": round(float(overlap), 4),
+        "search_mb": round(resident),
+        **_rates(side, stored, asked),
+    }
+
+
+def _rates(side: SideIndex, stored: Stored, asked: Matrix) -> dict[str, float]:
+    """Queries a second of the processor, codes alone, here and of an IVFPQ that FAISS trained; the best of five."""
+    assert side._codes is not None
+    lists, dim = side.spec.keys["nlist"], stored.dim
+    inverted = faiss.IndexIVFPQ(faiss.IndexFlatIP(dim), dim, lists, M, 8, _IP)
+    inverted.pq.cp.niter = inverted.cp.niter = 4  # how well it fits is not what is measured
+    inverted.pq.cp.min_points_per_centroid = inverted.cp.min_points_per_centroid = 1
+    turn = faiss.RandomRotationMatrix(dim, dim)
+    turn.init(0)
+    theirs = faiss.IndexPreTransform(turn, inverted)
+    theirs.train(stored.gather(np.linspace(0, len(stored) - 1, min(len(stored), 32_768)).astype(np.int64)))
+    for _, rows in stored.blocks():
+        theirs.add(rows)
+    inner = faiss.SearchParametersIVF(nprobe=side.measured.effort)
+    params = faiss.SearchParametersPreTransform(index_params=inner)
+    best = {"rate": 0.0, "faiss_rate": 0.0}
+    with threads(1):
+        for _ in range(5):
+            for name, index in (("rate", side._codes.index), ("faiss_rate", theirs)):
+                start = time.process_time()
+                index.search(asked, K, params=params)
+                best[name] = max(best[name], round(len(asked) / (time.process_time() - start)))
+    return best
+
+
+def _resident() -> float:
+    """Megabytes resident now."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() / 1e6
+
+
+def _most_resident() -> int:
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6)
+
+
+if __name__ == "__main__":
+    main()
