@@ -9,6 +9,7 @@ from retrieval.types import Assertion
 
 MOST = 12  # names of a concept
 WORDS = 8  # of a phrase; what is longer says more than one name does
+SHARE = 0.5  # of a phrase lies inside its finding, or more: "a mass of apples" asks for something else
 
 
 def wordings(linker: Dictionary) -> Callable[[str], list[str]]:
@@ -20,6 +21,8 @@ def wordings(linker: Dictionary) -> Callable[[str], list[str]]:
             return []
         found = linker.link_queries([text])[0]
         if len(found) != 1 or found[0].assertion is not Assertion.affirmed:
+            return []
+        if linker.understood(text, found) <= SHARE:
             return []
         tables = linker.tables
         if not names:

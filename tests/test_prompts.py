@@ -77,7 +77,15 @@ def test_a_finding_has_its_names(linker: Dictionary) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["no pleural effusion", "effusion and cardiomegaly", "yellow umbrella", "", "pleural effusion " * 5]
+    "text",
+    [
+        "no pleural effusion",
+        "effusion and cardiomegaly",
+        "yellow umbrella",
+        "a mass of apples",
+        "",
+        "pleural effusion " * 5,
+    ],
 )
 def test_what_is_not_one_affirmed_finding_has_none(linker: Dictionary, text: str) -> None:
     assert wordings(linker)(text) == []
