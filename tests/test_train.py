@@ -358,9 +358,9 @@ def test_a_start_that_is_missing_or_damaged_is_refused(tmp_path: Path, monkeypat
         build(plan, 24)
 
 
-@pytest.mark.parametrize("augment", ["mix = 0.5", "cover = 0.5"])
-def test_films_can_be_mixed_and_covered(place: Path, augment: str) -> None:
-    (place / "recipe.toml").write_text(_RECIPE.replace("[[findings]]", f"[augment]\n{augment}\n[[findings]]", 1))
+@pytest.mark.parametrize("part", ["[augment]\nmix = 0.5", "[augment]\ncover = 0.5", "[loss]\nsoft = 0.4"])
+def test_films_can_be_mixed_and_covered_and_targets_soft(place: Path, part: str) -> None:
+    (place / "recipe.toml").write_text(_RECIPE.replace("[[findings]]", f"{part}\n[[findings]]", 1))
     once, again = (load_file(train(place / "recipe.toml", place / n, _quiet) / "model.safetensors") for n in "ab")
     assert all(torch.equal(value, again[name]) for name, value in once.items())
 
