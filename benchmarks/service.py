@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,7 +42,7 @@ HOME = Path(".bench/service")
 CONFIG = Config(image_encoder="none", ontology="none")
 K = 10
 CLIENTS = (1, 8)  # the bare loop does as many queries together
-WARM = 16  # queries before the clock starts, every turn
+WARM = 16  # queries before the clock starts, two from the second turn on
 TURNS = 5
 
 Ask = Callable[[str], list[str]]  # a query to the ids found
@@ -101,14 +101,24 @@ def main() -> None:
             for loop in loops.values():
                 loop.run(options.seconds / TURNS)
             print(f"turn {turn + 1} of {TURNS}, load {os.getloadavg()[0]:.1f}", flush=True)
+            written(work, results, loops, turn + 1)
+    print(OUT.read_text())
+
+
+def written(
+    work: Work, results: Mapping[tuple[str, int], Measured], loops: Mapping[int, BareLoop], turns: int
+) -> None:
+    """The page, after every turn."""
     rows = [[name, str(clients), *result.cells(work.qrels)] for (name, clients), result in results.items()]
     rows += [["bare loop, no HTTP", f"batches of {batch}", *loop.cells()] for batch, loop in loops.items()]
     spent = "".join(where_it_goes(result, clients) for (_, clients), result in results.items() if result.took)
     table = "\n".join("| " + " | ".join(row) + " |" for row in [HEAD, ["---"] * len(HEAD), *rows]) + "\n"
-    machine = f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the end of the run.\n"
+    asked = sum(len(result.latencies) for result in results.values())
+    machine = (
+        f"{asked:,} queries in {turns} turns, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the end.\n"
+    )
     introduction = INTRODUCTION.format(documents=len(work.documents))
-    OUT.write_text(f"{introduction}{table}\n{spent}\n{machine}")
-    print(OUT.read_text())
+    OUT.write_text(f"{introduction}{table}\n{spent}{machine}")
 
 
 def work_of(count: int | None) -> Work:
@@ -160,7 +170,7 @@ class Running(NamedTuple):
 def measure(result: Measured, server: Running, work: Work, clients: int, seconds: float) -> None:
     """Every client asks one query after another for some seconds; what was found is added to `result`."""
     ask = server.client()
-    for number in range(WARM):
+    for number in range(2 if result.latencies else WARM):
         ask(work.text(number))
     server.took.clear()
     before, busy, start = cpu_seconds(server.pid), time.process_time(), time.perf_counter()
@@ -368,7 +378,7 @@ class BareLoop:
         self.retrieve(self.engine.encoded([Query(parts=(Part(text=text),)) for text in texts]), DEPTH)
 
     def run(self, seconds: float) -> None:
-        for first in range(0, WARM, self.batch):
+        for first in range(0, 2 if self.done else WARM, self.batch):
             self.ask(first)
         start, busy = time.perf_counter(), time.process_time()
         while time.perf_counter() - start < seconds:

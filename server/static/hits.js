@@ -46,7 +46,8 @@ export function report(hit) {
 }
 
 function scoreLine(hit) {
-  const sure = hit.confidence == null ? "" : ` · ${Math.round(hit.confidence * 100)} % sure`;
+  const percent = hit.confidence >= 0.995 ? "over 99" : Math.round(hit.confidence * 100);
+  const sure = hit.confidence == null ? "" : ` · confidence ${percent} %`;
   const group = hit.group && hit.group.size > 1 ? ` · ${hit.group.size} in its group` : "";
   return `score ${hit.score.toFixed(3)}${sure}${group}`;
 }
