@@ -147,7 +147,7 @@ class Multimodal:
         where = rf"^{self.family.language}\.{LINEAR}$"
         config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=where)
         with adapting():
-            self.module = get_peft_model(self.module, config).to(self.device)  # type: ignore[arg-type]
+            self.module = get_peft_model(self.module, config).to(self.device)
 
     def save(self, folder: Path) -> None:
         """What LoRA learned, as safetensors that `multimodal_encoder` takes. Raises BackendError on a full disk."""

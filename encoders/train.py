@@ -114,7 +114,11 @@ def _course(
         from encoders.cut_course import cut_course
 
         return cut_course(recipe, cache, progress)
-    raise InputError(f"kind is {kind!r}; it must be one of film, text, cross, cut", "kind")
+    if kind == "unime":
+        from encoders.unime_course import unime_course
+
+        return unime_course(recipe, cache, progress)
+    raise InputError(f"kind is {kind!r}; it must be one of film, text, cross, cut, unime", "kind")
 
 
 class _Run:

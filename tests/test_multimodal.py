@@ -245,3 +245,85 @@ def test_what_cannot_be_read_is_said(models: dict[str, Path], tmp_path: Path) ->
         multimodal_encoder(str(tmp_path / "other"), tmp_path)
     with pytest.raises(InputError, match="holds no adapter"):
         loaded(models, "llama", tmp_path, tmp_path / "other")
+
+
+# ---- UniME as a recipe
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Collections `notes` of texts and `films` of pictures with texts."""
+    draw = np.random.default_rng(0)
+    for name in ("notes", "films"):
+        rows = []
+        for n in range(24):
+            text = " ".join(draw.choice(["left", "lung", "clear", "effusion"], 5)) + f" {n} ."
+            row = {"_id": f"d{n}", "text": text}
+            if name == "films":
+                (tmp_path / name / "images").mkdir(parents=True, exist_ok=True)
+                row["image"] = f"images/{n}.png"
+                Image.fromarray(np.full((30, 30), 10 * n, np.uint8)).save(tmp_path / name / "images" / f"{n}.png")
+            rows.append(json.dumps(row))
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / "corpus.jsonl").write_text("\n".join(rows) + "\n")
+    monkeypatch.setenv("LIGHTBOX_DATA", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("encoders.cut_course.HELD_OUT", 8)
+    monkeypatch.setattr("encoders.unime_course.HELD_OUT", 8)
+    return tmp_path
+
+
+def unime(place: Path, models: dict[str, Path], student: str, pairs: str = "", epochs: str = "[4]") -> Path:
+    path = place / "unime.toml"
+    path.write_text(
+        f'kind = "unime"\nteacher = "{models["llama"]}"\n[data]\nsources = ["notes"]\n{pairs}\n'
+        f'[student]\nbase = "{models[student]}"\nrank = 4\ndropout = 0.0\n[loss]\nk = 2\n'
+        f"[schedule]\nepochs = {epochs}\nbatch = 4\nrate = 3e-2\nwarmup = 0.1\n"
+    )
+    return path
+
+
+def quiet(phase: str, done: int, total: int | None) -> None:
+    pass
+
+
+def test_stage_one_nears_the_teachers_similarities(place: Path, models: dict[str, Path]) -> None:
+    from encoders.train import train
+
+    folder = train(unime(place, models, "llama"), place / "out", quiet)
+    told = json.loads((folder / "lineage.json").read_text())
+    figures = [epoch["dev"] for epoch in told["epochs"]]
+    assert max(figures[1:]) > figures[0]
+    assert {"data_digest", "base_digest", "teacher_digest"} <= set(told)
+    again = multimodal_encoder(str(models["llama"]), place / "cache", folder)
+    assert again.encode_queries([Item(text="left lung")]).shape == (1, 32)
+    assert not (folder / "checkpoint.safetensors").exists()
+
+
+def test_stage_two_follows_on_pictures_with_their_texts(place: Path, models: dict[str, Path]) -> None:
+    from encoders.train import train
+
+    path = unime(place, models, "llava", 'pairs = ["films"]', "[1, 1]")
+    folder = train(path, place / "out", quiet)
+    told = json.loads((folder / "lineage.json").read_text())
+    assert [epoch["stage"] for epoch in told["epochs"]] == [1, 2]
+    assert told["pairs"] == 24
+    assert told["family"] == "LlavaForConditionalGeneration"
+
+
+@pytest.mark.parametrize(
+    ("student", "pairs", "epochs", "message"),
+    [
+        ("llava", 'pairs = ["films"]', "[1]", "give pairs and two cycles, or neither"),
+        ("llava", "", "[1, 1]", "give pairs and two cycles, or neither"),
+        ("llama", 'pairs = ["films"]', "[1, 1]", "sees no pictures"),
+        ("llava", 'pairs = ["notes"]', "[1, 1]", "data.pairs hold 0 documents"),
+    ],
+)
+def test_a_recipe_that_cannot_be_followed_is_refused(
+    place: Path, models: dict[str, Path], student: str, pairs: str, epochs: str, message: str
+) -> None:
+    from encoders.train import train
+
+    with pytest.raises(InputError, match=message):
+        train(unime(place, models, student, pairs, epochs), place / "out", quiet)
