@@ -450,3 +450,26 @@ def test_an_untrained_joint_encoder_of_separate_layers_scores_by_the_dual_encode
         score = joint.scored(query[0].float(), query[1], document[0].float(), document[1])
     vectors = student.encode(["left", "lung clear"])
     assert score.item() == pytest.approx(float(vectors[0] @ vectors[1]), abs=2e-3)
+
+
+# ---- what ships
+
+
+def test_the_shipped_text_tower_loads_and_tells_where_it_comes_from(tmp_path: Path) -> None:
+    from encoders.models import WEIGHTS
+    from encoders.text import text_encoder
+    from encoders.text_recipe import read_text
+    from retrieval.types import Item
+
+    folder = WEIGHTS / "scifact-text"
+    assert lineage(folder)["recipe_digest"] == read_text(WEIGHTS.parent / "recipes" / "scifact-text.toml").digest
+    card = (folder / "README.md").read_text("utf-8")
+    for word in ("CC BY 4.0", "ODC-By", "lightbox train", "196 of the 300"):
+        assert word in card
+    assert (folder / "model.safetensors").stat().st_size < 60_000_000
+    encoder = text_encoder("scifact-text", tmp_path)
+    assert encoder.dim == 384
+    near, far = "Statins lower cholesterol in adults.", "Zebrafish fins grow back after they are cut."
+    vectors = encoder.encode_documents([Item(text=near), Item(text=far)])
+    scores = vectors @ encoder.encode_queries([Item(text="Cholesterol is reduced by statins.")])[0]
+    assert scores[0] > scores[1] + 0.3
