@@ -24,11 +24,11 @@ from encoders.collection import kept_vectors
 from encoders.contrastive import same
 from encoders.cut_course import read_texts
 from encoders.film import source
-from encoders.models import configuration, found
-from encoders.multimodal import FAMILIES, Multimodal, multimodal_encoder
+from encoders.models import found
+from encoders.multimodal import Multimodal, multimodal_encoder
 from encoders.recipe import PACE, Limits, Pace, digest, read_as
 from encoders.scores import digest as digest_of
-from encoders.text import text_encoder
+from encoders.text import PACKAGED, text_encoder
 from encoders.train import place
 from encoders.unime import hard_negative_loss, tdd_loss
 from retrieval.errors import InputError
@@ -130,12 +130,10 @@ def unime_course(recipe: Path, cache: Path, progress: Progress) -> UnimeCourse:
 
 
 def teacher_of(name: str, cache: Path) -> Encoder:
-    """A causal LLM where the model's family is one, else a sentence-transformers model."""
-    if name != "all-MiniLM-L6-v2":
-        config = found(name) / "config.json"
-        if config.is_file() and configuration(config, name).get("model_type") in FAMILIES:
-            return multimodal_encoder(name, cache)
-    return text_encoder(name, cache)
+    """A sentence-transformers model as it says it is to be used, or else a causal LLM, asked as the student is."""
+    if name == PACKAGED or (found(name) / "modules.json").is_file():
+        return text_encoder(name, cache)
+    return multimodal_encoder(name, cache)
 
 
 def read_pairs(folder: Path) -> list[Document]:

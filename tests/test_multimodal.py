@@ -311,6 +311,23 @@ def test_stage_two_follows_on_pictures_with_their_texts(place: Path, models: dic
     assert told["family"] == "LlavaForConditionalGeneration"
 
 
+def test_the_shipped_recipe_is_valid_and_its_students_family_is_known() -> None:
+    from encoders import unime_course
+    from encoders.multimodal import FAMILIES
+
+    plan = unime_course.read_unime(Path(unime_course.__file__).parent / "recipes" / "unime-qwen.toml")
+    assert len(plan.schedule.epochs) == 2
+    assert FAMILIES["qwen2_vl"].picture
+
+
+def test_a_sentence_transformers_model_teaches_as_itself(place: Path, models: dict[str, Path]) -> None:
+    from encoders.text import Text
+    from encoders.unime_course import teacher_of
+
+    assert isinstance(teacher_of("all-MiniLM-L6-v2", place / "cache"), Text)
+    assert isinstance(teacher_of(str(models["llama"]), place / "cache"), Multimodal)
+
+
 @pytest.mark.parametrize(
     ("student", "pairs", "epochs", "message"),
     [
