@@ -286,7 +286,7 @@ def _inside_told(inside: dict[str, Any]) -> list[str]:
         lines.append(
             f"Filtered search over `{kind}`: recall {f['recall']:.3f} over {f['filters']} random filters from 50 % to "
             f"0.1 %; at 1 %, filter parsed and evaluated, p50 {f['p50_ms']:.3f} ms ({f['p50_cpu_ms']:.3f} ms of "
-            f"processor time), p99 {f['p99_ms']:.2f} ms."
+            f"processor time), p5 {f['p5_ms']:.3f} ms, p99 {f['p99_ms']:.2f} ms."
         )
     lines += ["", OVERHEAD.format(load=inside["load"]), ""]
     lines += ["| kind | one query: FAISS | refined | ours | added | batch of 64: FAISS | refined | ours | more "
