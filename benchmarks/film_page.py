@@ -209,7 +209,12 @@ def _says(state: Assertion | None) -> str:
 
 
 def page(found: Mapping[str, Any]) -> str:
-    parts = [_HEAD, *_figures(found.get("seeds", [])), *_robust(found["robustness"]), *_shown(found["examples"])]
+    parts = [
+        _HEAD,
+        *_figures(found.get("seeds", [])),
+        *_robust(found.get("robustness", {})),
+        *_shown(found["examples"]),
+    ]
     return "\n".join(parts)
 
 
@@ -233,13 +238,17 @@ def _figures(seeds: Sequence[Mapping[str, Any]]) -> list[str]:
         "|---" * (len(seeds) + 2) + "|",
     ]  # fmt: skip
     for name in names:
-        first, values = seeds[0][name], [seed[name]["value"] for seed in seeds]
-        cells = [f"{first['value']:.3f} [{first['low']:.3f}, {first['high']:.3f}]", *(f"{v:.3f}" for v in values[1:])]
-        lines.append(f"| {name} | {' | '.join(cells)} | {np.mean(values):.3f} ± {np.std(values, ddof=1):.3f} |")
+        first, values = seeds[0][name], [seed[name]["value"] for seed in seeds if name in seed]
+        cells = [f"{first['value']:.3f} [{first['low']:.3f}, {first['high']:.3f}]"]
+        cells += [f"{seed[name]['value']:.3f}" if name in seed else "not measured" for seed in seeds[1:]]
+        spread = f"{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f}" if len(values) == len(seeds) > 1 else ""
+        lines.append(f"| {name} | {' | '.join(cells)} | {spread} |")
     return [*lines, ""]
 
 
 def _robust(rows: Mapping[str, Mapping[str, float]]) -> list[str]:
+    if not rows:
+        return []
     kinds = list(next(iter(rows.values())))
     lines = [
         "## Robustness", "",
