@@ -111,7 +111,10 @@ def _growth(results: Results) -> list[str]:
     out = [*GROWTH.strip().splitlines(), ""]
     for heads in GROWN:
         out += ["| vectors | " + " | ".join(heads.values()) + " |", "|---|" + "---|" * len(heads)]
-        out += [f"| {n:,} | " + " | ".join(f"{row[key]:,}" for key in heads) + " |" for n, row in sorted(rows.items())]
+        out += [
+            f"| {n:,} | " + " | ".join(f"{row[key]:,}" if key in row else "" for key in heads) + " |"
+            for n, row in sorted(rows.items())
+        ]
         out.append("")
     if len(rows) > 1:
         _plot_growth(rows)
