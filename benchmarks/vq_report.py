@@ -95,12 +95,15 @@ def _gains(results: Results, exact: Mapping[str, Mapping[str, Any]]) -> list[str
 
 
 def _gain(rows: Results, size: int, methods: tuple[str, str], part: str) -> str:
-    """Of the score as a share, of the overlap as a difference."""
-    ours, theirs = (_values(rows, size, method, part) for method in methods)
-    paired = min(len(ours), len(theirs))
-    if not paired:
+    """Of the score as a share, of the overlap as a difference; over the seeds that both have."""
+    ours, theirs = (
+        {key.split("|")[3]: row[part] for key, row in rows.items() if key.split("|")[1:3] == [str(size), method]}
+        for method in methods
+    )
+    both = ours.keys() & theirs.keys()
+    if not both:
         return ""
-    one, two = float(np.mean(ours[:paired])), float(np.mean(theirs[:paired]))
+    one, two = (float(np.mean([values[seed] for seed in both])) for values in (ours, theirs))
     return f"{100 * (one / two - 1):+.1f} %" if part == "score" else f"{one - two:+.3f}"
 
 
