@@ -210,9 +210,17 @@ class Ontological:
         return [replace(query, parts=tuple(link(part) for part in query.parts)) for query in queries]
 
     def understood(self, queries: Sequence[Query]) -> list[float]:
-        """How far each query is understood, in [0, 1]: the square of the share, so that half of one counts little."""
+        """How far each query is understood, in [0, 1]: a power of the share, so that half of one counts little.
+
+        Least of a few words, where a single one may be understood by chance; a report has prose besides its findings.
+        """
         share = self.linker.understood if isinstance(self.linker, Understanding) else _covered
-        return [_mean([share(p.text, p.findings) for p in q.parts if p.text]) ** 2 for q in self.linked(queries)]
+
+        def told(query: Query) -> float:
+            power = 2 if query_kind(query) == "report" else 3
+            return _mean([share(part.text, part.findings) for part in query.parts if part.text]) ** power
+
+        return [told(query) for query in self.linked(queries)]
 
     def _ordered(self, query: Query, ranking: Ranking, k: int) -> Ranking:
         if self.ties is None or len(ranking) < 2:

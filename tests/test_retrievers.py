@@ -99,9 +99,10 @@ def test_concept_ties_are_ordered_by_meaning_and_never_overturned(index) -> None
     assert ranking[0].score == pytest.approx(1, abs=1e-3)
 
 
-def test_understood_is_the_square_of_the_share_of_words_inside_mentions(index) -> None:
+def test_understood_is_a_power_of_the_share_of_words_inside_mentions(index) -> None:
     retriever = Ontological(index, LINKER, shared_concepts)
-    assert retriever.understood(ask(Part(text="left effusion"))) == [0.25]
+    assert retriever.understood(ask(Part(text="left effusion"))) == [1 / 8]
+    assert retriever.understood(ask(Part(text="left effusion", kind="report"))) == [1 / 4]
     assert retriever.understood(ask(Part(text="no effusion"))) == [1.0]
 
 
@@ -110,7 +111,7 @@ def test_fused_weighs_a_leg_by_how_much_it_understood(index) -> None:
     fused = Fused(legs, {"text": {"lexical": 0.5, "ontology": 0.5}})
     (ranking,) = fused(ask(Part(text="left effusion")), 4)
     assert ranking[0].id == "a"
-    assert ranking[0].parts["ontology"].weight == pytest.approx(1 / 5)
+    assert ranking[0].parts["ontology"].weight == pytest.approx(1 / 9)
     assert repr(fused).startswith("Fused(legs={'lexical': Lexical()")
 
 
