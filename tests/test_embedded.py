@@ -110,12 +110,10 @@ def test_readers_never_wait_for_a_writer(tmp_path: Path) -> None:
     with writer_lock(tmp_path / "c"):
         waiting = threading.Thread(target=add, args=(index, documents(20, 21)))
         waiting.start()
-        started = time.monotonic()
-        assert len(index.snapshot()) == 20
+        assert len(index.snapshot()) == 20  # a reader that waited would wait for ever
         assert len(index.snapshot().search_text(["word1"], 5)[0]) == 5
         other = open_index(tmp_path / "c")
         assert len(other.snapshot()) == 20
-        assert time.monotonic() - started < 5
         assert waiting.is_alive()
         other.close()
     waiting.join()
