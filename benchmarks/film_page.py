@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     encoder = image_encoder(None, text_encoder(None, given.cache), given.cache)
     models = Models(Settings())
     linker = models.linker(Config.given())
-    asking = models.image_queries(encoder, linker)
+    asking = models.wordings(encoder, linker)
     if linker is None or asking is None:
         raise InputError("the examples need an ontology, and an image encoder that reads texts")
     found: dict[str, Any] = json.loads(FIGURES.read_text()) if FIGURES.exists() else {}

@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         tasks = written(Path(folder), given.part)
         encoder = image_encoder(given.weights, text_encoder(None, given.cache), given.cache)
         models = Models(Settings())
-        figures = measured(encoder, tasks, models.image_queries(encoder, models.linker(Config.given())))
+        figures = measured(encoder, tasks, models.wordings(encoder, models.linker(Config.given())))
     for name, figure in figures.items():
         print(f"{name:44s} {figure.value:.3f}  [{figure.low:.3f}, {figure.high:.3f}]")
     if given.json:

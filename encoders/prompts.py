@@ -39,7 +39,11 @@ class Prompts:
 
     def encode_queries(self, items: Sequence[Item]) -> Matrix:
         """(Q, D)."""
-        out = np.array(self._encoder.encode_queries(items))
+        return self.joined(items, self._encoder.encode_queries(items))
+
+    def joined(self, items: Sequence[Item], vectors: Matrix) -> Matrix:
+        """(Q, D) `vectors` of these queries, those in words joined by their wordings."""
+        out = np.array(vectors)
         for row, item in enumerate(items):
             others = tuple(self._wordings(item.text)) if item.image is None else ()
             if others:

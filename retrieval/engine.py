@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from operator import itemgetter
 from types import MappingProxyType
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar
 from urllib.parse import quote
 
 import numpy as np
@@ -31,7 +31,9 @@ from retrieval.types import (
     Hit,
     ImageSource,
     Index,
+    Item,
     Linker,
+    Matrix,
     Part,
     Picture,
     Prepare,
@@ -66,7 +68,13 @@ class Parts(NamedTuple):
     findings_score: FindingsScore | None = None
     scorer: Scorer | None = None
     calibrations: Calibrations = MappingProxyType({})
-    image_queries: Encoder | None = None  # what makes the queries of `image`, where that is not the space's encoder
+    wordings: Wordings | None = None  # how words ask for pictures
+
+
+class Wordings(Protocol):
+    """Joins the vectors of queries in words by what else they could say; see `encoders.prompts`."""
+
+    def joined(self, items: Sequence[Item], vectors: Matrix) -> Matrix: ...
 
 
 class _Plan(NamedTuple):
@@ -220,8 +228,7 @@ class Engine:
         if leg == "dense":
             return Dense(snapshot, encoders["text"], ("text",), exact)
         if leg == "image":
-            asking = self.parts.image_queries or encoders[self.parts.image_space or ""]
-            return Dense(snapshot, asking, ("text", "image"), exact)
+            return Dense(snapshot, encoders[self.parts.image_space or ""], ("text", "image"), exact)
         if self.parts.linker is None or self.parts.findings_score is None:
             raise ValueError(leg)  # `retriever` lets only the legs through that there are
         ties = Dense(snapshot, encoders["text"]) if "text" in encoders else None
@@ -324,15 +331,26 @@ class Engine:
         return out
 
     def encoded(self, queries: Sequence[Query]) -> list[Query]:
-        """Every part encoded once per space, all queries in one call, whichever legs will use the vectors."""
+        """Every part encoded once per space, all queries in one call, whichever legs will use the vectors.
+
+        Where there are pictures, words ask for them by a vector of their own: in all wordings of a finding.
+        """
         parts = [part for query in queries for part in query.parts]
         vectors: list[dict[tuple[str, Side], Vector]] = [dict(part.vectors) for part in parts]
+        wordings = self.parts.wordings if self.has_pictures(self.index.snapshot()) else None
         with timed("encode"):
             for space, encoder in self.parts.encoders.items():
                 todo = [i for i, part in enumerate(parts) if not part.vectors and encoder.handles(part)]
-                fresh = encoder.encode_queries([parts[i] for i in todo]) if todo else ()
-                for i, vector in zip(todo, fresh, strict=True):
-                    vectors[i][space, "text" if parts[i].image is None else "image"] = vector
+                if not todo:
+                    continue
+                items = [parts[i] for i in todo]
+                fresh = encoder.encode_queries(items)
+                asking = wordings.joined(items, fresh) if wordings and space == self.parts.image_space else fresh
+                for i, vector, picture in zip(todo, fresh, asking, strict=True):
+                    if parts[i].image is None:
+                        vectors[i][space, "text"] = vector
+                    if parts[i].image is not None or asking is not fresh:
+                        vectors[i][space, "image"] = picture
         ready = iter(replace(part, vectors=found) for part, found in zip(parts, vectors, strict=True))
         return [replace(query, parts=tuple(next(ready) for _ in query.parts)) for query in queries]
 

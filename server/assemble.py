@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar, cast
 
-from retrieval.engine import Parts
+from retrieval.engine import Parts, Wordings
 from retrieval.errors import BackendError
 from retrieval.ingest import Ingest
 from retrieval.types import (
@@ -130,19 +130,19 @@ class Models:
             linker=linker,
             findings_score=self.findings_score(linker),
             scorer=self.scorer(config),
-            image_queries=self.image_queries(encoders.get(image_space or ""), linker),
+            wordings=self.wordings(encoders.get(image_space or ""), linker),
         )
 
-    def image_queries(self, encoder: Encoder | None, linker: Linker | None) -> Encoder | None:
+    def wordings(self, encoder: Encoder | None, linker: Linker | None) -> Wordings | None:
         """What asks pictures in all wordings that the ontology has for a finding; None where there is no ontology."""
         if encoder is None or linker is None:
             return None
 
-        def load() -> Encoder:
+        def load() -> Wordings:
             from encoders.prompts import Prompts
             from ontology.wordings import wordings
 
-            return cast(Encoder, Prompts(encoder, wordings(cast(Any, linker))))
+            return Prompts(encoder, wordings(cast(Any, linker)))
 
         return lazily(load)
 

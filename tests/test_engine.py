@@ -14,7 +14,7 @@ from retrieval.engine import Engine, Parts
 from retrieval.errors import Conflict, Gone, Invalid, NotFound, RetrievalError, TooLarge
 from retrieval.ingest import Ingest
 from retrieval.request import Request, RequestPart
-from retrieval.types import Document, Part, Picture, Query, SpaceInfo
+from retrieval.types import Document, Item, Part, Picture, Query, SpaceInfo
 from tests.fakes import HashingEncoder, MemoryIndex, OverlapScorer, WordLinker, shared_concepts
 
 KINDS = ("text", "report", "picture")
@@ -63,6 +63,26 @@ def test_an_answer_says_where_every_hit_comes_from() -> None:
     assert hit["highlights"] == {"text": [[0, 5]]}
     assert answer["exact"] is True
     assert set(answer["took_ms"]) >= {"encode", "search", "fuse", "total"}
+
+
+class Film:
+    """Whatever is asked for, it is the film of FILMS that is meant."""
+
+    def joined(self, items, vectors):
+        return HashingEncoder().encode_queries([Item(image=b"film")] * len(items))
+
+
+def test_words_ask_for_pictures_in_their_wordings_and_for_texts_as_they_are() -> None:
+    searched = {
+        leg: engine(wordings=Film()).search(ask("edema and effusion", retriever=leg))["hits"][0]["id"]
+        for leg in ("image", "dense")
+    }
+    assert searched == {"image": "d", "dense": "c"}
+    query = Query(id="q", parts=(Part(text="edema and effusion"),))
+    for leg, first in searched.items():
+        assert engine(wordings=Film()).run([query], leg)["q"][0].id == first
+    texts = engine(FILMS[:3], wordings=Film())  # without pictures, `image` reads texts as `dense` does
+    assert texts.run([query], "image")["q"][0].id == "c"
 
 
 def test_a_single_leg_keeps_its_raw_score_and_still_adds_up() -> None:
