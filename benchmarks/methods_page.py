@@ -36,7 +36,7 @@ same findings, by human coding.""",
     "fusion": """The same films and reports; the teacher is a fusion cross-encoder of ours (`encoders.fusion`) over the
 same frozen features: a film is one token, the whole report, its findings and its impression are three. It was trained
 on the pairs that teach with one hard negative each way, and is asked for every mined pair.""",
-    "boosting": """Same features. A baseline with hinge losses (margin 0.2, hardest negative in a batch of 64, texts
+    "boosting": """Same features. A baseline with hinge losses (margin 0.2, summed over the negatives of a batch of 64, texts
 that are equal never negatives of one another); every arm goes on from it for as many steps again, the baseline too.
 Imitation is KL to the frozen baseline at scale 10. `rSum` is the sum of the six R@k in points; `separation` how far an
 unseen pair stands above its best negative, in cosine.""",
