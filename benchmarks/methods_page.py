@@ -36,10 +36,10 @@ same findings, by human coding.""",
     "fusion": """The same films and reports; the teacher is a fusion cross-encoder of ours (`encoders.fusion`) over the
 same frozen features: a film is one token, the whole report, its findings and its impression are three. It was trained
 on the pairs that teach with one hard negative each way, and is asked for every mined pair.""",
-    "boosting": """Same features. A baseline with hinge losses (margin 0.2, summed over the negatives of a batch of 64, texts
-that are equal never negatives of one another); every arm goes on from it for as many steps again, the baseline too.
-Imitation is KL to the frozen baseline at scale 10. `rSum` is the sum of the six R@k in points; `separation` how far an
-unseen pair stands above its best negative, in cosine.""",
+    "boosting": """Same features. A baseline with hinge losses (margin 0.2, summed over the negatives of a batch of 64,
+texts that are equal never negatives of one another); every arm goes on from it for as many steps again, the baseline
+too. Imitation is KL to the frozen baseline at scale 10. `rSum` is the sum of the six R@k in points; `separation` how
+far an unseen pair stands above its best negative, in cosine.""",
     "sections": """Findings find the impression of the same report, batch 64, k 8; a fifth of the steps is a warm-up
 with all negatives for every arm. Injected candidates say in other words what the positive of some row of the batch
 says, and no id gives them away; equal texts are removed by id in every arm. `gradient`: mean norm after the warm-up,
