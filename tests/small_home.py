@@ -13,6 +13,7 @@ import numpy as np
 from fastapi import FastAPI
 from numpy.typing import NDArray
 
+from retrieval.engine import Wordings
 from retrieval.errors import NotAnImage
 from retrieval.types import Encoder, FindingsScore, ImageSource, Linker, Part, Picture, Postings, Scorer
 from server.app import create_app
@@ -48,6 +49,9 @@ class FakeModels(Models):
 
     def linker(self, config: Config) -> Linker | None:
         return None if config.ontology == NONE else WordLinker(["heart", "effusion"])
+
+    def wordings(self, encoder: Encoder | None, linker: Linker | None) -> Wordings | None:
+        return None  # its concepts have no other names
 
     def findings_score(self, linker: Linker | None) -> FindingsScore | None:
         return None if linker is None else shared_findings
