@@ -458,6 +458,8 @@ def _translated(doing: str, url: str, error: Exception) -> BackendError:
         return BackendError(f"{url}: refused our key or password; check LIGHTBOX_ES_API_KEY")
     if status == 403:
         return BackendError(f"{doing}: {url} does not allow it ({_reason(error)}); the key needs more privileges")
+    if status in BUSY and "flood-stage" in _reason(error):
+        return BackendError(f"{doing}: a disk of the cluster is nearly full; it takes writes again when there is room")
     if status in BUSY:
         return BackendError(
             f"{doing}: the cluster is busy or a part of it is down ({_reason(error)}); try again later"

@@ -200,7 +200,7 @@ def test_disks_are_nearly_full(three: Cluster, place: Place) -> None:
         until = time.monotonic() + 90
         while len(traffic.acknowledged) == before and time.monotonic() < until:
             time.sleep(0.5)
-    assert any("kept refusing" in line and "disk" in line for line in traffic.refused), traffic.refused
+    assert any("disk" in line for line in traffic.refused), traffic.refused  # writing, or publishing what was written
     assert len(traffic.acknowledged) > before  # writes went on by themselves
     settled(three)
     traffic.check()
