@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import random
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -98,6 +99,7 @@ class Cluster:
         self._asking = self._client.options(request_timeout=SEARCH_S, retry_on_timeout=True)
         self._patient = self._client.options(request_timeout=LONG_S, max_retries=0)
         self._retry_s, self._search_retry_s = RETRY_S, SEARCH_RETRY_S
+        self._unneeded: deque[str] = deque()  # points in time
 
     def close(self) -> None:
         self._client.close()
@@ -231,15 +233,26 @@ class Cluster:
     # --- reading ---------------------------------------------------------------------------------
 
     def open(self, index: str) -> str:
-        """A point in time: what is visible in the index now, whatever is written later."""
+        """A point in time: what is visible in the index now, whatever is written later. Ends those let go of."""
+        while self._unneeded:
+            with suppress(IndexError):  # another thread was faster
+                self.forget(self._unneeded.popleft())
 
         def ask() -> str:
             return str(self._asking.open_point_in_time(index=index, keep_alive=f"{KEPT_S}s")["id"])
 
         return self._ask("opening the collection", ask, wait_s=self._search_retry_s)
 
+    def let_go(self, pit: str) -> None:
+        """Nobody needs this point in time any more; it ends with the next `open`, or by itself.
+
+        For finalizers, which the garbage collector runs in the middle of anything: a request from there sets context
+        variables while they may be being set, which CPython 3.11 does not survive.
+        """
+        self._unneeded.append(pit)
+
     def forget(self, pit: str) -> None:
-        """Lets go of a point in time; it ends by itself where this fails."""
+        """Ends a point in time; it ends by itself where this fails."""
         with suppress(elasticsearch.ApiError, elasticsearch.TransportError):
             self._client.options(request_timeout=2, max_retries=0).close_point_in_time(id=pit)
 

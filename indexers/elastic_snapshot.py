@@ -473,7 +473,7 @@ def _whole(source: Json) -> Json:
 
 def _forget(cluster: Cluster, pit: Sequence[str]) -> None:
     if pit:
-        cluster.forget(pit[0])
+        cluster.let_go(pit[0])
 
 
 def _gone() -> Gone:

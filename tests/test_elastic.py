@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 import socket
@@ -321,6 +322,20 @@ def test_a_point_in_time_that_is_lost_is_opened_again_while_nothing_was_publishe
     with pytest.raises(Gone, match="search again"):
         snapshot.search_text(["heart"], 5)
     assert len(found.snapshot().search_text(["heart"], 5)[0]) == 4
+
+
+def test_a_dropped_snapshot_asks_nothing_and_its_point_in_time_ends_with_the_next(place: Place) -> None:
+    build(place, films(3))
+    found = open_elastic(place)
+    snapshot = found.snapshot()
+    snapshot.search_text(["heart"], 1)
+    (pit,) = snapshot._pit
+    found.close()
+    del snapshot
+    gc.collect()
+    assert pit in place.cluster._unneeded  # beside those of the build
+    open_elastic(place).snapshot().search_text(["heart"], 1)
+    assert pit not in place.cluster._unneeded
 
 
 def test_every_second_bulk_refused_loses_nothing(place: Place, elasticsearch: str) -> None:
