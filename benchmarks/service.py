@@ -370,12 +370,14 @@ class BareLoop:
     def __init__(self, work: Work, batch: int) -> None:
         self.work, self.batch = work, batch
         self.engine = home_with(work).engine("scifact")
-        self.retrieve = self.engine.retriever("hybrid", self.engine.snapshot())
+        self.snapshot = self.engine.snapshot()
+        self.retrieve = self.engine.retriever("hybrid", self.snapshot)
         self.done, self.seconds, self.cpu = 0, 0.0, 0.0
 
     def ask(self, first: int) -> None:
         texts = [self.work.text(first + n) for n in range(self.batch)]
-        self.retrieve(self.engine.encoded([Query(parts=(Part(text=text),)) for text in texts]), DEPTH)
+        queries = [Query(parts=(Part(text=text),)) for text in texts]
+        self.retrieve(self.engine.encoded(queries, self.snapshot), DEPTH)
 
     def run(self, seconds: float) -> None:
         for first in range(0, 2 if self.done else WARM, self.batch):

@@ -52,7 +52,7 @@ def _calibrated(
     """Leg -> calibration, {} where there are too few queries to say anything."""
     if min(len(related), len(unrelated)) < MIN_SAMPLE:
         return {}
-    samples = [engine.encoded(related), engine.encoded(unrelated)]
+    samples = [engine.encoded(related, snapshot), engine.encoded(unrelated, snapshot)]
     out: dict[str, Calibration] = {}
     for leg in (*engine.legs(), HYBRID):  # hybrid last: it is calibrated on what the legs are sure of
         retrieve = engine.retriever(leg, snapshot)

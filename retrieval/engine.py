@@ -136,10 +136,11 @@ class Engine:
         progress: Callable[[int], None] | None = None,
     ) -> Run:
         """Rankings of many queries by query id, for evaluation: the same path that a search takes."""
-        retrieve = self.retriever(retriever, self.snapshot(), weights=weights)
+        snapshot = self.snapshot()
+        retrieve = self.retriever(retriever, snapshot, weights=weights)
         run: Run = {}
         for start in range(0, len(queries), RUN_BATCH):
-            batch = self.encoded(queries[start : start + RUN_BATCH])
+            batch = self.encoded(queries[start : start + RUN_BATCH], snapshot)
             for query, ranking in zip(batch, retrieve(batch, k), strict=True):
                 run[query.id] = ranking
             if progress is not None:
@@ -326,18 +327,19 @@ class Engine:
         out = list(plans)
         for engine in dict.fromkeys(plan.engine for plan in plans):
             mine = [i for i, plan in enumerate(plans) if plan.engine is engine]
-            for i, query in zip(mine, engine.encoded([plans[i].query for i in mine]), strict=True):
+            made = engine.encoded([plans[i].query for i in mine], plans[mine[0]].snapshot)
+            for i, query in zip(mine, made, strict=True):
                 out[i] = plans[i]._replace(query=query)
         return out
 
-    def encoded(self, queries: Sequence[Query]) -> list[Query]:
+    def encoded(self, queries: Sequence[Query], snapshot: Snapshot) -> list[Query]:
         """Every part encoded once per space, all queries in one call, whichever legs will use the vectors.
 
         Where there are pictures, words ask for them by a vector of their own: in all wordings of a finding.
         """
         parts = [part for query in queries for part in query.parts]
         vectors: list[dict[tuple[str, Side], Vector]] = [dict(part.vectors) for part in parts]
-        wordings = self.parts.wordings if self.has_pictures(self.index.snapshot()) else None
+        wordings = self.parts.wordings if self.has_pictures(snapshot) else None
         with timed("encode"):
             for space, encoder in self.parts.encoders.items():
                 todo = [i for i, part in enumerate(parts) if not part.vectors and encoder.handles(part)]
