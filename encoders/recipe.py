@@ -100,7 +100,17 @@ class Topic:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Recipe:
+class Digested:
+    """A recipe of whatever kind: it is known by its values."""
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the values, whatever the order and comments of the file."""
+        return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe(Digested):
     data: Data
     tower: Tower
     schedule: Schedule
@@ -109,16 +119,6 @@ class Recipe:
     findings: tuple[Topic, ...] = ()
     templates: tuple[str, ...] = ("{}",)  # how a phrase may be put; {} is the phrase
     kind: str = "film"
-
-    @property
-    def digest(self) -> str:
-        """sha256 of the values, whatever the order and comments of the file."""
-        return digest(self)
-
-
-def digest(recipe: Any) -> str:
-    """sha256 of a recipe's values, whatever the order and comments of its file."""
-    return hashlib.sha256(json.dumps(dataclasses.asdict(recipe), sort_keys=True).encode()).hexdigest()
 
 
 class Limits(NamedTuple):

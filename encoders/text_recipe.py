@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from encoders.recipe import PACE, Limits, Pace, digest, read_as
+from encoders.recipe import PACE, Digested, Limits, Pace, read_as
 from retrieval.errors import InputError
 
 
@@ -63,7 +63,7 @@ class CrossAim(Aim):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TextRecipe:
+class TextRecipe(Digested):
     """A text tower learns to find what a collection's judged queries ask for."""
 
     kind: str
@@ -73,14 +73,9 @@ class TextRecipe:
     loss: Aim = field(default_factory=Aim)
     schedule: Pace
 
-    @property
-    def digest(self) -> str:
-        """sha256 of the values."""
-        return digest(self)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CrossRecipe:
+class CrossRecipe(Digested):
     """A cross-encoder learns to put what is relevant before what the hybrid takes for it.
 
     With `loss.made` or `data.others`, the first cycle of `schedule.epochs` reads made queries and other collections,
@@ -93,11 +88,6 @@ class CrossRecipe:
     teacher: Teacher = field(default_factory=Teacher)  # whose candidates it reads; `cross` stays empty
     loss: CrossAim = field(default_factory=CrossAim)
     schedule: Pace
-
-    @property
-    def digest(self) -> str:
-        """sha256 of the values."""
-        return digest(self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,7 +109,7 @@ class CutLoss:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CutRecipe:
+class CutRecipe(Digested):
     """A text tower with fewer layers learns to give the whole tower's vectors."""
 
     kind: str
@@ -127,11 +117,6 @@ class CutRecipe:
     student: Start
     loss: CutLoss = field(default_factory=CutLoss)
     schedule: Pace
-
-    @property
-    def digest(self) -> str:
-        """sha256 of the values."""
-        return digest(self)
 
 
 _LIMITS = Limits(

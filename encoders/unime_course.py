@@ -26,8 +26,8 @@ from encoders.cut_course import read_texts
 from encoders.film import source
 from encoders.models import found
 from encoders.multimodal import Multimodal, multimodal_encoder
-from encoders.recipe import PACE, Limits, Pace, digest, read_as
-from encoders.scores import digest as digest_of
+from encoders.recipe import PACE, Digested, Limits, Pace, read_as
+from encoders.scores import digest
 from encoders.text import PACKAGED, text_encoder
 from encoders.train import place
 from encoders.unime import hard_negative_loss, tdd_loss
@@ -69,7 +69,7 @@ class Stages:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class UnimeRecipe:
+class UnimeRecipe(Digested):
     """teacher: a text encoder or a causal LLM, by name or path."""
 
     kind: str
@@ -78,11 +78,6 @@ class UnimeRecipe:
     teacher: str
     loss: Stages = field(default_factory=Stages)
     schedule: Pace
-
-    @property
-    def digest(self) -> str:
-        """sha256 of the values."""
-        return digest(self)
 
 
 _LIMITS = Limits(
@@ -122,7 +117,7 @@ def unime_course(recipe: Path, cache: Path, progress: Progress) -> UnimeCourse:
         raise InputError(f"{plan.student.base!r} sees no pictures: leave data.pairs out", "data.pairs")
     digests = {
         "recipe": plan.digest,
-        "data": digest_of([*texts, *([p.id, p.content] for p in pairs)]),
+        "data": digest([*texts, *([p.id, p.content] for p in pairs)]),
         "base": student.digests["text"],
         "teacher": teacher.digests["text"],
     }
