@@ -363,17 +363,24 @@ def _core() -> Any:
 # ---- batches
 
 
-def budgeted(lengths: Sequence[int], budget: int) -> list[NDArray[np.int64]]:
+def budgeted(lengths: Sequence[int], budget: int, like: float = 0.0) -> list[NDArray[np.int64]]:
     """Row numbers in batches of like length, longest first, each within `budget` tokens once padded.
+
+    like: the least length that a batch takes, as a share of its longest; what is padded is computed for nothing.
 
     >>> [batch.tolist() for batch in budgeted([1, 5, 2, 5], 10)]
     [[1, 3], [2, 0]]
+    >>> [batch.tolist() for batch in budgeted([1, 5, 2, 5], 10, like=0.7)]
+    [[1, 3], [2], [0]]
     """
     order = np.argsort(-np.asarray(lengths, np.int64), kind="stable")
+    falling = -np.asarray(lengths, np.int64)[order]
     batches: list[NDArray[np.int64]] = []
     start = 0
     while start < len(order):
-        size = max(1, budget // max(1, lengths[order[start]]))
+        longest = lengths[order[start]]
+        alike = int(np.searchsorted(falling, -like * longest, "right")) - start
+        size = min(max(1, budget // max(1, longest)), alike)
         batches.append(order[start : start + size])
         start += size
     return batches

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import hashlib
 import json
+import socket
 import struct
 import threading
 import zlib
@@ -22,6 +23,7 @@ from encoders.images import read_picture
 from retrieval.files import read_source
 from retrieval.request import Request, RequestPart
 from retrieval.types import Document
+from server.app import _bound
 from server.assemble import Config, Models
 from server.batching import Searches
 from server.home import silent
@@ -399,6 +401,21 @@ def test_metrics_count_requests_by_route_and_never_by_id(client: TestClient) -> 
 
 
 # --- what is easy to get wrong --------------------------------------------------------------------
+
+
+def test_answers_are_sent_without_waiting_for_the_client_to_acknowledge() -> None:
+    async def undelayed() -> bool:
+        accepted: asyncio.Future[asyncio.StreamWriter] = asyncio.get_running_loop().create_future()
+        listening = _bound("127.0.0.1", 0)
+        async with await asyncio.start_server(lambda _, writer: accepted.set_result(writer), sock=listening):
+            _, client = await asyncio.open_connection(*listening.getsockname())
+            server = await accepted
+            delay = server.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+            for writer in (client, server):
+                writer.close()
+        return bool(delay)
+
+    assert asyncio.run(undelayed())
 
 
 def test_ids_may_hold_slashes_and_words_of_routes(client: TestClient) -> None:
