@@ -1,7 +1,8 @@
 """Elasticsearch beside the embedded index: how fast documents arrive, how fast vectors and words are found.
 
 ``python -m benchmarks.elastic [--sizes 10000,100000,1000000] [--home DIR]`` writes
-docs/elasticsearch-speed.md and .json.
+docs/elasticsearch-speed.md and .json. What the JSON holds already is not measured again, so a long run can be made in
+pieces.
 
 Both run on this machine, one after the other, the server as the tests start it (one node, 512 MB heap). Vectors are
 those of SciFact's documents through the packaged encoder; where a size needs more, the rest are mixtures of two of
@@ -19,6 +20,8 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -95,15 +98,16 @@ def main() -> None:
     parser.add_argument("--home", type=Path)
     given = parser.parse_args()
     at = Home(Settings(home=given.home)) if given.home else bench_home()
-    sources, rows = Sources(at), []
+    sources, rows = Sources(at), list(json.loads(OUT.with_suffix(".json").read_text())["rows"])
+    known = {(row["size"], row["kind"], row["backend"]) for row in rows}
     cluster = Cluster()
+    ways = {"embedded": embedded, "elasticsearch": partial(elastic, cluster.url)}
     try:
-        for size in map(int, given.sizes.split(",")):
-            for kind in KINDS:
-                for row in (embedded(sources, size, kind), elastic(sources, size, kind, cluster.url)):
-                    rows.append(row)
-                    print(json.dumps(row), flush=True)
-                    write(rows)
+        for size, kind, backend in product(map(int, given.sizes.split(",")), KINDS, ways):
+            if (size, kind, backend) not in known:
+                rows.append(ways[backend](sources, size, kind))
+                print(json.dumps(rows[-1]), flush=True)
+                write(rows)
     finally:
         cluster.stop()
 
@@ -125,7 +129,7 @@ def embedded(sources: Sources, size: int, kind: str) -> dict[str, Any]:
     return {"backend": "embedded", "kind": kind, "size": size, "per_s": size / took, "bytes": stored / size, **row}
 
 
-def elastic(sources: Sources, size: int, kind: str, url: str) -> dict[str, Any]:
+def elastic(url: str, sources: Sources, size: int, kind: str) -> dict[str, Any]:
     place = Place(connect(url), f"bench-{size}-{kind}", Path(tempfile.mkdtemp()))
     matrix = sources.vectors(size)
     spaces = {"text": SpaceInfo("text", sources.info.dim, sources.info.digests)}
@@ -171,7 +175,7 @@ def timed(times: list[float], call: Any) -> Any:
 
 
 def write(rows: Sequence[dict[str, Any]]) -> None:
-    OUT.parent.mkdir(parents=True, exist_ok=True)
+    rows = sorted(rows, key=lambda row: (row["size"], row["kind"], len(row["backend"])))
     OUT.with_suffix(".json").write_text(json.dumps({"machine": platform.processor(), "rows": rows}, indent=1) + "\n")
     columns = ["vectors", "filtered", "words"]
     head = ["documents", "index", "backend", "ingest, documents/s", "bytes a document", "recall@10"]
@@ -188,7 +192,7 @@ def write(rows: Sequence[dict[str, Any]]) -> None:
         ]
         lines.append([*cells, *(f"{r[name + '_p50']:.1f} / {r[name + '_p95']:.1f}" for name in columns)])
     assert __doc__ is not None
-    about = __doc__.split("\n\n", 2)[2]
+    about = __doc__.split("\n\n", 1)[1]
     plot(rows)
     shown = f"![p50 over the number of documents]({OUT.stem}.png)"
     OUT.write_text(

@@ -1,9 +1,8 @@
-"""What serving without torch gains: `python -m benchmarks.encoders [--quick] [--rounds N] [--json FILE]`.
+"""What serving without torch gains: `python -m benchmarks.encoders [--rounds N]` writes docs/bench/encoders.md.
 
-Ours and the plain library take turns in one run, so that whatever else the machine does falls on both; a figure is the
-median of the rounds, and `ratio` is how many times better ours is. Rows: one query, documents of about 130 tokens a
-second, films a second (decoding included), the first vector and the memory of a fresh process, a cold text search from
-the shell, and, unless `--quick`, nDCG@10 on SciFact with either encoder's vectors.
+Ours and the plain library (sentence-transformers; for films timm in PyTorch) take turns in one run, so that whatever
+else the machine does falls on both; a figure is the median of the rounds, and the last column is how many times
+better ours is.
 """
 
 from __future__ import annotations
@@ -29,6 +28,7 @@ from encoders.text import Text, packaged, text_encoder
 from retrieval.types import Hit, Item, Matrix, Ranking
 
 ROOT = Path(__file__).parents[1]
+OUT = ROOT / "docs" / "bench" / "encoders.md"
 WORDS_OF_130_TOKENS = 85
 QUERY = "chest x-ray with enlarged heart"
 
@@ -45,28 +45,37 @@ class Row(NamedTuple):
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--quick", action="store_true", help="leave out nDCG@10 on SciFact")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", type=Path)
     given = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
-        rows = measure(Path(folder), given.rounds, quality=not given.quick)
-    for row in rows:
-        plain = "" if row.plain is None else f"{row.plain:10.3f}"
-        ratio = "" if row.ratio is None else f"{row.ratio:7.2f} x"
-        print(f"{row.what:44} {row.unit:12} {row.ours:10.3f} {plain:>10} {ratio}")
-    if given.json:
-        given.json.write_text(json.dumps([row._asdict() for row in rows], indent=1) + "\n")
+        rows = measure(Path(folder), given.rounds)
+    OUT.write_text(page(rows))
+    print(OUT.read_text())
 
 
-def measure(folder: Path, rounds: int, quality: bool) -> list[Row]:
+def page(rows: Sequence[Row]) -> str:
+    """The table in Markdown."""
+
+    def number(value: float | None, digits: int = 3) -> str:
+        return "" if value is None else f"{value:.{digits}f}"
+
+    lines = [
+        f"| {row.what} | {row.unit} | {number(row.ours)} | {number(row.plain)} | {number(row.ratio, 2)} |"
+        for row in rows
+    ]
+    head = "| | unit | ours | plain | times better |\n| --- | --- | --- | --- | --- |\n"
+    machine = f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the end.\n"
+    return f"# The runtime beside PyTorch\n\n{__doc__}\n{head}" + "\n".join(lines) + f"\n\n{machine}"
+
+
+def measure(folder: Path, rounds: int) -> list[Row]:
     from sentence_transformers import SentenceTransformer
 
     ours = text_encoder(None, folder)
     plain = SentenceTransformer(str(packaged()), device="cpu")
     texts = reports()
     rows = [*text_rows(ours, plain, texts, rounds), *film_rows(folder, rounds), *cold_rows(folder, rounds)]
-    return rows + (scifact_rows(ours, plain) if quality else [])
+    return rows + scifact_rows(ours, plain)
 
 
 def reports() -> list[str]:
