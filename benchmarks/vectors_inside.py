@@ -24,7 +24,7 @@ Array = NDArray[np.float32]
 SIZE = 50_000
 FILTERS = 200
 KINDS = ("flat", "hnsw", "hnsw-sq8", "hnsw-sq4", "hnsw-bin", "ivfpq:M=48,nlist=256,nprobe=32")
-CALLS = {1: 600, 64: 21, 256: 9}  # by the number of queries in a call
+CALLS = {1: 600, 64: 45, 256: 15}  # by the number of queries in a call
 
 
 def measured(folder: Path, vectors: Array, queries: Array) -> dict[str, Any]:

@@ -149,7 +149,7 @@ class _Server(uvicorn.Server):
 def _bound(host: str, port: int) -> socket.socket:
     """A listening socket. Raises InputError for an address that cannot be had."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # asyncio sends without delay (TCP_NODELAY) only where the protocol is named; else an answer waits 40 ms for an ACK.
+    # Named, since asyncio sets TCP_NODELAY only on sockets that say TCP; else an answer waits 40 ms for an ACK.
     listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
