@@ -32,7 +32,6 @@ app = typer.Typer(
     name="lightbox",
     help="Search pictures, texts and radiology reports; index, evaluate, train and serve.",
     add_completion=False,
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -51,13 +50,16 @@ WeightsJson = Annotated[str | None, typer.Option("--weights", metavar="JSON", he
 _home_option: list[Path | None] = [None]
 
 
-@app.callback()
+@app.callback(invoke_without_command=True)
 def _options(
+    context: typer.Context,
     home: Annotated[
         Path | None, typer.Option(help="Where collections live; default LIGHTBOX_HOME or ./lightbox-data.")
     ] = None,
 ) -> None:
     _home_option[0] = home
+    if context.invoked_subcommand is None:
+        print(context.get_help())
 
 
 # --- collections -------------------------------------------------------------------------------------------------
@@ -521,12 +523,18 @@ def _verdict(error: Exception) -> tuple[int, str]:
     if isinstance(error, RetrievalError):
         return 1, str(error)
     if isinstance(error, typer.TyperException):
-        return 2, f"{error.format_message()}; 'lightbox --help' lists what there is"
+        return 2, f"{error.format_message().rstrip('.')}; {_where_help_is(error)}"
     if isinstance(error, PermissionError):
         return 2, f"no permission for '{error.filename}'; choose another place or change its rights"
     if isinstance(error, OSError):
         return 1, f"{error.strerror or error} {error.filename or ''}"
     return 1, f"internal error: {type(error).__name__}: {error}; LIGHTBOX_DEBUG=1 shows where"
+
+
+def _where_help_is(error: Exception) -> str:
+    """The help of the command that was meant, where it is known."""
+    context: typer.Context | None = getattr(error, "ctx", None)
+    return f"'{context.command_path if context else 'lightbox'} --help' lists what there is"
 
 
 if __name__ == "__main__":

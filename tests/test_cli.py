@@ -431,6 +431,19 @@ def test_help_lists_every_command_of_the_contract() -> None:
         assert f"  {command} " in text
 
 
+def test_the_command_alone_shows_its_help() -> None:
+    alone = child()
+    assert (alone.returncode, alone.stderr) == (0, "")
+    assert alone.stdout == child("--help").stdout
+
+
+def test_a_wrong_option_points_to_the_help_of_its_command() -> None:
+    assert child("search", "--frob").stderr.endswith("; 'lightbox search --help' lists what there is\n")
+    assert child("search").stderr == (
+        "lightbox: Missing argument 'COLLECTION'; 'lightbox search --help' lists what there is\n"
+    )
+
+
 def on_a_terminal(*words: str, home: Path, stop_at: str | None = None) -> tuple[int, str]:
     """Runs a command on a pseudo-terminal; sends Ctrl-C when `stop_at` is shown. Exit status and what was shown."""
     pid, terminal = pty.fork()
