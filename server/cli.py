@@ -479,6 +479,7 @@ def _write(out: Path | None, lines: Iterable[str]) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs one command and exits: 0 done, 2 the caller's fault, 1 ours, 130 stopped by Ctrl-C."""
+    _open_streams()
     _quiet()
     words = _home_first(sys.argv[1:] if arguments is None else arguments)
     try:
@@ -495,6 +496,12 @@ def main(arguments: list[str] | None = None) -> None:
     if status == 130:
         say("lightbox: stopped; the same command again goes on from here")
     sys.exit(status)
+
+
+def _open_streams() -> None:
+    """What the caller closed (`>&-`) is None; left so, the next file opened would get its number."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 (as long as the process)
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
 
 
 def _quiet() -> None:

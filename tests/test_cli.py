@@ -444,6 +444,15 @@ def test_a_wrong_option_points_to_the_help_of_its_command() -> None:
     )
 
 
+@pytest.mark.parametrize(("closed", "told"), [(">&-", 1), ("2>&-", 0), (">&- 2>&-", 0)])
+def test_closed_streams_are_no_error_of_ours(tmp_path: Path, closed: str, told: int) -> None:
+    source = write_source(tmp_path / "source")
+    line = f"{sys.executable} -m server.cli --home {tmp_path}/home index films {source} {' '.join(BARE)} {closed}"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (0, "")
+    assert done.stderr.count("collection films: generation 1, 3 documents") == told
+
+
 def on_a_terminal(*words: str, home: Path, stop_at: str | None = None) -> tuple[int, str]:
     """Runs a command on a pseudo-terminal; sends Ctrl-C when `stop_at` is shown. Exit status and what was shown."""
     pid, terminal = pty.fork()
