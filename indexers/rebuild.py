@@ -136,13 +136,13 @@ class _Encoding:
         key = key_of([sources[document.id] for document in todo]) if todo else None
         if key is not None:
             if key in self.batches:
-                self.reused += len(todo)
                 rejected = self.batches.get(key).rejected
+                self.reused += len(todo) - len(rejected)
             else:
                 prepared = self.prepare(todo)
                 self.batches.put(key, prepared, sources, self.spaces)
-                self.added += len(todo)
                 rejected = prepared.rejected
+                self.added += len(todo) - len(rejected)
             for item in rejected:
                 self.intake.reject(item)
         self.pieces.append(_Piece(tuple(kept), key))
