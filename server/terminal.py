@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
 
 LINE_EVERY_S = 5.0
 SNIPPET = 160
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
 @contextmanager
@@ -96,8 +98,8 @@ def hits(answer: Mapping[str, Any], explain: bool) -> Iterator[str]:
     """The hits of an answer, a few lines each."""
     for rank, hit in enumerate(answer["hits"], 1):
         sure = f"  confidence {hit['confidence']:.2f}" if hit.get("confidence") is not None else ""
-        yield f"{rank:3}  {hit['score']:.4f}{sure}  {hit['id']}  {hit.get('title') or ''}".rstrip()
-        text = " ".join((hit.get("text") or "").split())
+        yield f"{rank:3}  {hit['score']:.4f}{sure}  {hit['id']}  {_one_line(hit.get('title') or '')}".rstrip()
+        text = _one_line(hit.get("text") or "")
         if text:
             yield f"     {text if len(text) <= SNIPPET else text[: SNIPPET - 1] + '…'}"
         if explain:
@@ -105,6 +107,11 @@ def hits(answer: Mapping[str, Any], explain: bool) -> Iterator[str]:
     if not answer["hits"]:
         yield "nothing found"
     yield _closing(answer)
+
+
+def _one_line(text: str) -> str:
+    """Without what a terminal would obey: documents come from anywhere."""
+    return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", " ".join(text.split()))
 
 
 def _explained(hit: Mapping[str, Any]) -> Iterator[str]:

@@ -93,6 +93,14 @@ def test_search_without_json_is_for_people(films: Run) -> None:
     assert "found, exact, " in done.out
 
 
+def test_documents_do_not_steer_the_terminal(run: Run, tmp_path: Path) -> None:
+    rows = [{"_id": "a", "title": "one\ntwo\x1b[2J", "text": "the \x1b]0;heart\x07 \x00 is \x9b31m large"}]
+    assert run("index", "odd", write_source(tmp_path / "source", rows)).status == 0
+    first, second, *_ = run("search", "odd", "heart").out.split("\n")
+    assert first.endswith("a  one two\ufffd[2J")
+    assert second.strip() == "the \ufffd]0;heart\ufffd \ufffd is \ufffd31m large"
+
+
 @pytest.mark.parametrize(
     ("options", "ids"),
     [
