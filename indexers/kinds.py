@@ -16,7 +16,7 @@ import faiss as untyped_faiss
 import numpy as np
 from numpy.typing import NDArray
 
-from indexers.product import CODEWORDS, Quantizers, empty_index, fitted, other_side, quantizers_of
+from indexers.product import Quantizers, empty_index, fitted, other_side, quantizers_of
 from indexers.queries import MOST, perturbed
 from indexers.scan import Numbers, Scores, Stored
 from indexers.specs import Spec
@@ -77,17 +77,25 @@ class Lists:
         lists = min(wanted, rows)
         if lists < wanted:
             notes.append(f"{rows} vectors to train on: nlist is {lists}, not {wanted}")
-        if rows < CODEWORDS:
-            notes.append(f"{rows} vectors to train {CODEWORDS} codewords: each vector counts several times")
-        return fitted(sample, self.spec.keys["M"], lists, queries=queries), tuple(notes)
+        if rows < self.codewords:
+            notes.append(f"{rows} vectors to train {self.codewords} codewords: each vector counts several times")
+        fit = fitted(sample, self.spec.keys["M"], lists, queries=queries, bits=self.spec.bits)
+        return fit, tuple(notes)
 
     def probe(self, index: Any, queries: Matrix, fetch: int, effort: int, allowed: Any) -> tuple[Scores, Numbers]:
         """effort: lists visited (nprobe)."""
+        if self.spec.bits == 4:  # the fast scan sums up garbage where it is told to visit more lists than there are
+            effort = min(effort, faiss.extract_index_ivf(index).nlist)
         params = faiss.SearchParametersIVF(nprobe=effort, sel=allowed)
         if isinstance(index, faiss.IndexPreTransform):
             params = faiss.SearchParametersPreTransform(index_params=params)
-        found: tuple[Scores, Numbers] = index.search(queries, fetch, params=params)
-        return found
+        scores, found = index.search(queries, fetch, params=params)
+        scores[found < 0] = -np.inf
+        return scores, found
+
+    @property
+    def codewords(self) -> int:
+        return 1 << self.spec.bits
 
     @property
     def oversample(self) -> int:
@@ -105,7 +113,7 @@ class Distilled(Lists):
     def teach(self, sample: Matrix, stored: Stored, queries: Matrix | None, progress: Progress) -> Trained:
         """Learned from training queries (Q, D), or from what lies around the vectors. sample: (N, D) to start from."""
         said: tuple[str, ...] = ()
-        if len(stored) < CODEWORDS:
+        if len(stored) < self.codewords:
             start, notes = self._fitted(sample, None)
             return Trained(empty_index(start), (*notes, f"{len(stored)} vectors are too few to distil from"))
         if queries is None:

@@ -1,6 +1,6 @@
 """OPQ + IVFPQ in FAISS (Ge et al., CVPR 2013; Jégou et al., TPAMI 2011), taken apart and put together.
 
-Shapes: N rows, D dimensions, L centroids, M codebooks of C codewords.
+Shapes: N rows, D dimensions, L centroids, M codebooks of C codewords; a code has log2(C) bits, 4 or 8.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from retrieval.types import Matrix
 
 faiss: Any = untyped_faiss  # its stubs lack half of what it has
 
-CODEWORDS = 256  # of each product quantizer: 8 bits a code
 _FLOOR = 0.05  # of the mean: what the directions that no query looks in still count
 _ROTATION_ROWS = 8_192
 _ROTATION_ROUNDS = 10
@@ -34,22 +33,24 @@ class Quantizers(NamedTuple):
     codebooks: NDArray[np.float32]
 
 
-def fitted(sample: Matrix, codes: int, lists: int, seed: int = 0, queries: Matrix | None = None) -> Quantizers:
+def fitted(
+    sample: Matrix, codes: int, lists: int, seed: int = 0, queries: Matrix | None = None, bits: int = 8
+) -> Quantizers:
     """Quantizers that lose little of `sample` (N, D); rows count several times where there are too few.
 
     queries: (Q, D); where there are some, less is lost in the directions that they look in, and more in others.
     """
     rows, dim = sample.shape
-    if rows < CODEWORDS:
-        sample = np.resize(sample, (CODEWORDS, dim))
+    if rows < 1 << bits:
+        sample = np.resize(sample, (1 << bits, dim))
     stretch = np.eye(dim, dtype=np.float32) if queries is None else _stretch(sample, queries)
     sample = np.ascontiguousarray(sample @ stretch.T)
     centroids = _centroids(sample, lists, seed)
     residuals = sample - centroids[_lists_of(sample, centroids)]
-    rotation = _rotation(residuals, codes, seed)
-    quantizers = _quantizers(dim, codes, 10, seed)  # iterations, of 25: the recall is the same
+    rotation = _rotation(residuals, codes, bits, seed)
+    quantizers = _quantizers(dim, codes, bits, 10, seed)  # iterations, of 25: the recall is the same
     quantizers.train(np.ascontiguousarray(residuals @ rotation.T))
-    codebooks = faiss.vector_to_array(quantizers.centroids).reshape(codes, CODEWORDS, dim // codes)
+    codebooks = faiss.vector_to_array(quantizers.centroids).reshape(codes, 1 << bits, dim // codes)
     return Quantizers(
         np.ascontiguousarray(rotation @ stretch), np.ascontiguousarray(centroids @ rotation.T), codebooks
     )
@@ -73,8 +74,8 @@ def _lists_of(rows: Matrix, centroids: Matrix) -> NDArray[np.int64]:
     return found
 
 
-def _quantizers(dim: int, codes: int, iterations: int, seed: int = 0) -> Any:
-    quantizers = faiss.ProductQuantizer(dim, codes, 8)
+def _quantizers(dim: int, codes: int, bits: int, iterations: int, seed: int = 0) -> Any:
+    quantizers = faiss.ProductQuantizer(dim, codes, bits)
     quantizers.cp.niter = iterations
     quantizers.cp.min_points_per_centroid = 1  # FAISS prints a warning otherwise
     quantizers.cp.seed += seed
@@ -96,7 +97,11 @@ def _stretch(sample: Matrix, queries: Matrix) -> Matrix:
 
 
 def empty_index(quantizers: Quantizers) -> Any:
-    """An IndexPreTransform without vectors, faced to documents; one goes to the list whose centroid scores best."""
+    """An IndexPreTransform without vectors, faced to documents; one goes to the list whose centroid scores best.
+
+    Codes of 4 bits are summed up in registers (FAISS's fast scan, André et al., arXiv 1812.09162): 32 vectors at once,
+    over tables that are rounded to 8 bits for each query.
+    """
     turn, centroids, codebooks = quantizers
     lists, dim = centroids.shape
     transform = faiss.LinearTransform(dim, dim, False)
@@ -104,7 +109,11 @@ def empty_index(quantizers: Quantizers) -> Any:
     transform.is_trained = True
     coarse = faiss.IndexFlatIP(dim)
     coarse.add(np.ascontiguousarray(centroids))
-    inverted = faiss.IndexIVFPQ(coarse, dim, lists, len(codebooks), 8, _IP)
+    if codebooks.shape[1] == 16:
+        inverted = faiss.IndexIVFPQFastScan(coarse, dim, lists, len(codebooks), 4, _IP)
+        inverted.by_residual = True  # as it is without saying in the other
+    else:
+        inverted = faiss.IndexIVFPQ(coarse, dim, lists, len(codebooks), 8, _IP)
     faiss.copy_array_to_vector(np.ascontiguousarray(codebooks).ravel(), inverted.pq.centroids)
     inverted.is_trained = True
     index = faiss.IndexPreTransform(transform, inverted)
@@ -132,11 +141,11 @@ def quantizers_of(index: Any) -> Quantizers:
     transform = faiss.downcast_VectorTransform(index.chain.at(0))
     turn = faiss.vector_to_array(transform.A).reshape(index.d, index.d)
     inverted = faiss.downcast_index(index.index)
-    codebooks = faiss.vector_to_array(inverted.pq.centroids).reshape(inverted.pq.M, CODEWORDS, -1)
+    codebooks = faiss.vector_to_array(inverted.pq.centroids).reshape(inverted.pq.M, inverted.pq.ksub, -1)
     return Quantizers(turn, inverted.quantizer.reconstruct_n(0, inverted.nlist), codebooks)
 
 
-def _rotation(sample: Matrix, codes: int, seed: int) -> Matrix:
+def _rotation(sample: Matrix, codes: int, bits: int, seed: int) -> Matrix:
     """(D, D) orthogonal: after it `codes` quantizers lose least of `sample` (non-parametric OPQ).
 
     Alternates between quantizers for a rotation and the rotation for quantizers (an orthogonal Procrustes
@@ -146,7 +155,7 @@ def _rotation(sample: Matrix, codes: int, seed: int) -> Matrix:
     sample = sample[spread(rows, _ROTATION_ROWS)]
     start = np.random.default_rng(seed).standard_normal((dim, dim))
     rotation: Matrix = np.linalg.qr(start)[0].astype(np.float32)
-    quantizers = _quantizers(dim, codes, 4)
+    quantizers = _quantizers(dim, codes, bits, 4)
     for _ in range(_ROTATION_ROUNDS):
         rotated = np.ascontiguousarray(sample @ rotation.T)
         quantizers.train(rotated)

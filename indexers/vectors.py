@@ -195,7 +195,9 @@ class SideIndex:
 
     def _point(self, codes: Codes, queries: Matrix, k: int, truth: Scores, effort: int) -> Point:
         _, found = self._probe(codes, queries, k, None, effort, codes.kind.oversample)
-        recall = _recall(self._stored.scores(queries, found), truth)
+        reached = self._stored.scores(queries, found)
+        reached[found[:, 0] < 0] = np.inf  # a search answers them exactly
+        recall = _recall(reached, truth)
         took = []
         with threads(1):
             for query in queries[:_TIMED]:
@@ -226,8 +228,11 @@ class SideIndex:
         with threads(1 if len(queries) == 1 else BUILD_THREADS):
             if codes is not None:
                 scores, found = self._approximate(codes, queries, min(k, count), numbers, filtered)
-                # A graph that led to too few, and a filter that hid the content of lists, are answered exactly.
-                if not (filtered or isinstance(codes.kind, Graph)) or not np.count_nonzero(found < 0):
+                # A graph that led to too few, a filter that hid the content of lists, and lists that gave nothing are
+                # answered exactly. A fast scan gives nothing where all codewords score the same, and leaves out
+                # what takes the worst of each: a scan makes up for that where it costs little.
+                strict = filtered or isinstance(codes.kind, Graph) or count <= _SMALL
+                if not np.count_nonzero(found[:, -1 if strict else 0] < 0):
                     return Found(scores, found, False, self.recall)
             return Found(*nearest(self._stored, queries, k, numbers), True, 1.0)
 
@@ -293,7 +298,7 @@ class SideIndex:
 
     @classmethod
     def load(cls, folder: Path, chunks: Chunks, verify: bool = True) -> SideIndex:
-        """Open what `save` wrote; codes and links stay on disk and are memory-mapped.
+        """Open what `save` wrote; codes and links stay on disk and are memory-mapped, but for codes of 4 bits.
 
         verify: hash `index.faiss` first, since FAISS reads a damaged file without a word. False where
         that has been done. Raises BackendError where a file is missing, damaged or not about these chunks.

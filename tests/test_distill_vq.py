@@ -28,6 +28,7 @@ from retrieval.types import Document, Encoded, Prepared, Side, SpaceInfo
 
 Array = NDArray[np.float32]
 SPEC = "distillvq:M=4,nlist=8"
+HALF = "distillvq:M=8,bits=4,nlist=8"  # as many bytes
 QUICK = Recipe(steps=60, lr_ivf=0.03, lr_pq=0.03)
 
 
@@ -145,6 +146,16 @@ def test_quantizers_go_into_faiss_and_come_back() -> None:
     for given, held in zip(start, quantizers_of(empty_index(start)), strict=True):
         np.testing.assert_array_equal(given, held)
     np.testing.assert_allclose(start.turn @ start.turn.T, np.eye(32), atol=1e-4)
+
+
+def test_sixteen_codewords_are_learned_and_go_into_faiss() -> None:
+    start, stored = fitted(clustered(600), 8, 8, bits=4), Stored([clustered(600)])
+    assert start.codebooks.shape == (8, 16, 4)
+    known = taught_by()
+    learned = distill(start, stored, known, quiet, replace(QUICK, steps=30))
+    assert agreement(learned, stored, known) > agreement(start, stored, known)
+    for given, held in zip(learned, quantizers_of(empty_index(learned)), strict=True):
+        np.testing.assert_array_equal(given, held)
 
 
 def test_documents_and_queries_are_turned_so_that_scores_stay() -> None:
@@ -283,8 +294,10 @@ def test_stored_vectors_rescore_candidates_where_asked() -> None:
     np.testing.assert_allclose(refined.scores, -np.sort(-(asked @ rows.T), axis=1)[:, :5], atol=0.05)
 
 
-def test_growing_uses_what_was_learned(learned: SideIndex) -> None:
-    more = built(clustered(1_500), like=learned)
+@pytest.mark.parametrize("spec", [SPEC, HALF])
+def test_growing_uses_what_was_learned(spec: str) -> None:
+    learned = built(clustered(600), spec, clustered(300, seed=1))
+    more = built(clustered(1_500), spec, like=learned)
     assert len(more) == 1_500
     assert more._codes is not None
     assert learned._codes is not None
@@ -378,6 +391,34 @@ def test_growth_keeps_what_was_learned_until_the_next_rebuild(tmp_path: Path, mo
 # --- odd input -------------------------------------------------------------------------------------
 
 
+def test_codes_of_four_bits_are_saved_searched_and_described(tmp_path: Path) -> None:
+    topics = indexed(tmp_path / "c", 400)
+    rebuild(tmp_path / "c", vector_index=HALF + ",refine=10", progress=quiet, ask=topics.ask)
+    found = described(tmp_path / "c")
+    assert found["kind"] == HALF + ",refine=10"
+    assert found["recall"] > 0.9
+    index = open_index(tmp_path / "c")
+    [stretch] = index.snapshot().stretches["text", "text"]
+    side = stretch.index
+    asked = clustered(20, seed=2)
+    everything = side.search(asked, 5, np.ones(400, np.bool_))
+    truth = -np.sort(-(asked @ clustered(400).T), axis=1)[:, :5]
+    np.testing.assert_allclose(everything.scores[:, :5], truth, atol=1e-3)
+    unfiltered = side.search(asked, 5)
+    assert not unfiltered.exact
+    assert (unfiltered.scores >= truth[:, -1:] - 1e-3).mean() > 0.8
+    index.close()
+
+
+@pytest.mark.parametrize("count", [1, 2, 9, 15])
+def test_fewer_vectors_than_sixteen_codewords(count: int) -> None:
+    rows = clustered(count)
+    index = built(rows, HALF, clustered(20, seed=1))
+    assert any("too few to distil" in note for note in index.measured.notes)
+    found = index.search(rows, count)
+    assert all(sorted(row.tolist()) == list(range(count)) for row in found.numbers)
+
+
 @pytest.mark.parametrize("count", [1, 2, 9, 40, 120])
 def test_fewer_vectors_than_codewords_are_found_and_said(count: int) -> None:
     rows = clustered(count)
@@ -389,9 +430,10 @@ def test_fewer_vectors_than_codewords_are_found_and_said(count: int) -> None:
 
 def test_duplicates_only() -> None:
     rows = np.repeat(clustered(1), 400, axis=0)
-    found = built(rows, queries=clustered(30, seed=1)).search(rows[:1], 5)
-    assert len(set(found.numbers[0].tolist())) == 5
-    np.testing.assert_allclose(found.scores, 1, atol=1e-3)
+    for spec in (SPEC, HALF):
+        found = built(rows, spec, clustered(30, seed=1)).search(rows[:1], 5)
+        assert len(set(found.numbers[0].tolist())) >= 5
+        np.testing.assert_allclose(found.scores, 1, atol=1e-3)
 
 
 def test_one_cluster() -> None:

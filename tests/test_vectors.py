@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import faiss as untyped_faiss
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -15,8 +16,10 @@ from indexers.scan import TIE, Stored
 from indexers.vectors import Found, SideIndex, merge, parse_spec
 from retrieval.errors import BackendError, Conflict, Invalid
 
-SPECS = ["flat", "hnsw", "hnsw-sq8", "hnsw-sq4", "hnsw-bin", "ivfpq:M=8,nlist=16,nprobe=4"]
+SPECS = ["flat", "hnsw", "hnsw-sq8", "hnsw-sq4", "hnsw-bin", "ivfpq:M=8,nlist=16,nprobe=4",
+         "ivfpq:M=16,bits=4,nlist=16,nprobe=4"]  # fmt: skip
 Array = NDArray[np.float32]
+faiss: Any = untyped_faiss
 
 
 def quiet(phase: str, done: int, total: int | None) -> None:
@@ -60,7 +63,9 @@ def brute(queries: Array, rows: Array, k: int, allowed: NDArray[np.bool_] | None
 # --- specs -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("text", [*SPECS, "ivfpq:M=8,nlist=64", "ivfpq:nlist=64,M=8,refine=10"])
+@pytest.mark.parametrize(
+    "text", [*SPECS, "ivfpq:M=8,nlist=64", "ivfpq:nlist=64,M=8,refine=10", "distillvq:M=8,nlist=4,bits=4"]
+)
 def test_a_spec_reads_what_it_writes(text: str) -> None:
     assert str(parse_spec(str(parse_spec(text)))) == str(parse_spec(text))
 
@@ -70,18 +75,23 @@ def test_a_spec_reads_what_it_writes(text: str) -> None:
     ["", "hnsw32", "FLAT", "flat:", "flat:M=2", "hnsw:M=8", "ivfpq", "ivfpq:", "ivfpq:M=8", "ivfpq:nlist=8",
      "ivfpq:M=0,nlist=8", "ivfpq:M=8,nlist=0", "ivfpq:M=8,nlist=8,nprobe=0", "ivfpq:M=-8,nlist=8",
      "ivfpq:M=8,nlist=8,x=1", "ivfpq:M=8,nlist=8.5", "ivfpq:M=8 ,nlist=8", "ivfpq:M=²,nlist=8",
-     "ivfpq:M=8,M=16,nlist=8", "ivfpq:M=99999999,nlist=8"],
+     "ivfpq:M=8,M=16,nlist=8", "ivfpq:M=99999999,nlist=8",
+     "ivfpq:M=8,nlist=8,bits=0", "ivfpq:M=8,nlist=8,bits=5", "distillvq:M=8,nlist=8,bits=16", "hnsw:bits=4"],
 )  # fmt: skip
 def test_an_unknown_spec_is_refused_with_what_there_is(text: str) -> None:
     with pytest.raises(Invalid) as caught:
         parse_spec(text)
     assert caught.value.field == "vector_index"
-    assert any(said in str(caught.value) for said in ("hnsw-sq8", "M=", "no keys", "at least 1"))
+    assert any(said in str(caught.value) for said in ("hnsw-sq8", "M=", "no keys", "at least 1", "4 or 8 bits"))
 
 
 def test_a_dimension_that_m_does_not_divide_is_refused_with_the_divisors() -> None:
     with pytest.raises(Invalid, match=r"M=5 does not divide the dimension 32; M can be 1, 2, 4, 8, 16, 32"):
         built([unit(300)], "ivfpq:M=5,nlist=4")
+
+
+def test_eight_bits_go_without_saying() -> None:
+    assert str(parse_spec("ivfpq:M=8,bits=8,nlist=16")) == str(parse_spec("ivfpq:M=8,nlist=16"))
 
 
 # --- exact ----------------------------------------------------------------------------------------------------
@@ -202,6 +212,55 @@ def test_refine_rescores_on_the_stored_vectors() -> None:
     np.testing.assert_allclose(Stored([rows]).scores(queries, found.numbers), found.scores, atol=1e-6)
 
 
+def test_four_bits_take_half_the_bytes_of_eight_and_are_what_faiss_scans_fast() -> None:
+    eight, four = (large(f"ivfpq:M=8,{bits}nlist=16,nprobe=4")[0] for bits in ("", "bits=4,"))
+    inner = [faiss.downcast_index(side._codes.index.index) for side in (eight, four) if side._codes]
+    assert [type(index) for index in inner] == [faiss.IndexIVFPQ, faiss.IndexIVFPQFastScan]
+    assert [index.code_size for index in inner] == [8, 4]
+    assert four.bytes_per_vector < eight.bytes_per_vector - 4
+
+
+def test_a_fast_scan_scores_what_its_codes_stand_for() -> None:
+    """Tables of 8 bits cost some thousandths; asking for more lists than there are costs nothing."""
+    index, _, queries = large("ivfpq:M=16,bits=4,nlist=16,nprobe=16")
+    codes = index._codes
+    assert codes is not None
+    inner = faiss.downcast_index(codes.index.index)
+    inner.make_direct_map()
+    decoded = inner.reconstruct_n(0, inner.ntotal)
+    turned = codes.index.chain.at(0).apply(queries)
+    for lists in (16, 17, 1_000):
+        scores, numbers = codes.kind.probe(codes.index, queries, 10, lists, None)
+        np.testing.assert_allclose(scores, np.take_along_axis(turned @ decoded.T, numbers, 1), atol=0.02)
+        assert (scores[:, -1] >= np.sort(turned @ decoded.T, axis=1)[:, -10] - 0.02).all()
+
+
+def test_what_a_fast_scan_cannot_tell_apart_is_answered_exactly() -> None:
+    """FAISS finds nothing where all codewords score the same: it divides by how far apart they are."""
+    spec = "ivfpq:M=16,bits=4,nlist=16,nprobe=4"
+    alone = built([unit(1)], spec)
+    assert alone.search(unit(1), 10).numbers.tolist() == [[0]]
+    assert alone.recall == 1.0
+    index, rows, _ = large(spec)
+    nowhere = index.search(np.zeros((1, rows.shape[1]), np.float32), 10)
+    assert nowhere.exact
+    assert (nowhere.numbers[:, :10] >= 0).all()
+    assert (nowhere.scores == 0).all()
+
+
+@pytest.mark.parametrize("count", [2, 3, 9, 20])
+def test_a_fast_scan_leaves_out_nothing_of_a_few(count: int) -> None:
+    for spec in ("ivfpq:M=8,bits=4,nlist=1", "ivfpq:M=1,bits=4,nlist=2,nprobe=2"):
+        found = built([unit(count)], spec).search(unit(50, seed=5), count)
+        assert all(sorted(row.tolist()) == list(range(count)) for row in found.numbers)
+
+
+def test_an_odd_number_of_half_bytes() -> None:
+    rows = unit(600, 33)
+    index = built([rows], "ivfpq:M=11,bits=4,nlist=4,nprobe=4,refine=10")
+    assert (index.search(rows[:50], 1).numbers.ravel() == np.arange(50)).mean() > 0.9
+
+
 def test_small_collections_are_scanned_whatever_graph_they_have() -> None:
     index = built([unit(100)], "hnsw")
     assert index.search(unit(1), 5).exact
@@ -287,7 +346,7 @@ def test_chunks_of_two_dimensions_are_a_conflict() -> None:
 # --- files ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("spec", ["hnsw", "ivfpq:M=8,nlist=16,nprobe=4"])
+@pytest.mark.parametrize("spec", ["hnsw", *SPECS[-2:]])
 def test_a_loaded_index_answers_as_the_one_that_was_saved(spec: str, tmp_path: Path) -> None:
     index, rows, asked = large(spec)
     index.save(tmp_path)
