@@ -127,6 +127,7 @@ class _Filling:
     def run(self, documents: Iterable[Document | Rejected], shard: tuple[int, int] | None) -> None:
         total = len(documents) if isinstance(documents, Sequence) else None
         done = 0
+        self.progress("encode", done, total)  # encoding begins here, so the first batch has a rate
         for number, batch in enumerate(self.intake.batches(documents)):
             if shard is None or number % shard[1] == shard[0]:
                 self._fill(batch)

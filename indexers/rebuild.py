@@ -122,6 +122,7 @@ class _Encoding:
     def run(self, documents: Iterable[Document | Rejected]) -> None:
         total = len(documents) if isinstance(documents, Sequence) else None
         done = 0
+        self.progress("encode", done, total)  # encoding begins here, so the first batch has a rate
         for number, batch in enumerate(self.intake.batches(documents)):
             if self.shard is None or number % self.shard[1] == self.shard[0]:
                 self._encode(batch)

@@ -41,7 +41,7 @@ def _bars(documents: int | None) -> Iterator[Progress]:
 
     class Rate(ProgressColumn):
         def render(self, task: Any) -> Text:
-            return Text(f"{task.speed:,.0f}/s" if task.speed else "")
+            return Text(_rate(task.speed) if task.speed else "")
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn())
     with Bars(*columns, console=Console(stderr=True)) as bars:
@@ -86,7 +86,16 @@ class _Lines:
         rate = (self.done - self.first) / max(now - self.began, 1e-3)
         of = f"/{self.of}" if self.of else ""
         left = f", {(self.of - self.done) / rate:.0f} s left" if self.of and rate > 0 and self.of > self.done else ""
-        say(f"{self.phase}: {self.done}{of}, {rate:,.0f}/s{left}")
+        told = f", {_rate(rate)}" if rate > 0 else ""  # a phase told of once has none
+        say(f"{self.phase}: {self.done}{of}{told}{left}")
+
+
+def _rate(per_second: float) -> str:
+    """
+    >>> _rate(1234.5), _rate(0.42)
+    ('1,234/s', '0.42/s')
+    """
+    return f"{per_second:,.0f}/s" if per_second >= 10 else f"{per_second:.2g}/s"
 
 
 def say(line: str) -> None:

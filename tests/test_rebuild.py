@@ -243,11 +243,11 @@ def test_two_builds_at_once_are_refused_and_readers_are_not(home: Path) -> None:
 def test_progress_names_phases_and_reaches_the_total(home: Path) -> None:
     heard: list[tuple[str, int, int | None]] = []
     made(home, documents(25), progress=lambda *told: heard.append(told))
-    assert heard[:3] == [("encode", 10, 25), ("encode", 20, 25), ("encode", 25, 25)]
+    assert heard[:4] == [("encode", 0, 25), ("encode", 10, 25), ("encode", 20, 25), ("encode", 25, 25)]
     assert ("assemble", 3, 3) in heard
     heard.clear()
     made(home, iter(documents(25)), progress=lambda *told: heard.append(told))
-    assert heard[0] == ("encode", 10, None)
+    assert heard[0] == ("encode", 0, None)
 
 
 # --- rebuild, rollback, delete ---------------------------------------------------------------------
