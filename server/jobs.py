@@ -59,7 +59,7 @@ class Jobs:
             raise TooLarge(f"jobs: {MAX_WAITING} are waiting already; cancel some, or try later")
         now = time.time()
         state: State = {
-            "id": f"{int(now * 1000):013x}{uuid.uuid4().hex[:7]}",
+            "id": f"{time.time_ns():016x}{uuid.uuid4().hex[:4]}",  # in the order of their coming
             "kind": kind,
             "collection": collection,
             "state": "queued",

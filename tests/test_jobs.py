@@ -87,6 +87,12 @@ def test_jobs_run_one_after_another_oldest_first(jobs: Jobs) -> None:
     assert [state["id"] for state in jobs.list()] == [second["id"], first["id"]]
 
 
+def test_jobs_that_come_at_once_keep_their_order(settings: Settings) -> None:
+    jobs = Jobs(settings)
+    ids = [jobs.submit("rebuild", "a", {})["id"] for _ in range(20)]
+    assert [state["id"] for state in jobs.list()] == ids[::-1]
+
+
 def test_a_running_and_a_waiting_job_can_be_cancelled(jobs: Jobs) -> None:
     first, second = jobs.submit("rebuild", "waits", {}), jobs.submit("rebuild", "b", {"queries": ["a report"]})
     until(lambda: begun(jobs) == ["waits"])
