@@ -18,8 +18,9 @@ from server.work import Report, source_below
 
 # A job that takes its orders from its collection's name, and tells who it was.
 WORK = """
-import json, os, sys, threading, time
+import json, os, signal, sys, threading, time
 from pathlib import Path
+signal.signal(signal.SIGINT, signal.default_int_handler)  # as server.work does
 def end_with_parent():
     os.read(0, 1)
     os._exit(1)
@@ -87,8 +88,9 @@ def test_jobs_run_one_after_another_oldest_first(jobs: Jobs) -> None:
     assert [state["id"] for state in jobs.list()] == [second["id"], first["id"]]
 
 
-def test_jobs_that_come_at_once_keep_their_order(settings: Settings) -> None:
+def test_jobs_that_come_at_once_keep_their_order(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     jobs = Jobs(settings)
+    monkeypatch.setattr("server.jobs.time.time", lambda: 0.0)  # all within one millisecond
     ids = [jobs.submit("rebuild", "a", {})["id"] for _ in range(20)]
     assert [state["id"] for state in jobs.list()] == ids[::-1]
 
