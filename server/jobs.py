@@ -130,7 +130,10 @@ class Jobs:
         """The right to run the jobs of this home; it ends with this process, however that ends."""
         if not self.folder.is_dir():
             return None
-        handle = (self.folder / "lock").open("ab")
+        try:
+            handle = (self.folder / "lock").open("ab")
+        except OSError:  # a home that cannot be written to
+            return None
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

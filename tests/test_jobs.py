@@ -127,6 +127,17 @@ def test_a_job_goes_on_after_a_restart(settings: Settings) -> None:
     second.close()
 
 
+def test_jobs_run_once_the_home_can_be_written_to(settings: Settings) -> None:
+    lock = settings.home / "jobs" / "lock"
+    lock.mkdir(parents=True)  # cannot be opened, like a file of a file system that may only be read
+    jobs = started(settings)
+    state = jobs.submit("rebuild", "b", {})
+    time.sleep(0.2)
+    lock.rmdir()
+    assert ends(jobs, state)["state"] == "done"
+    jobs.close()
+
+
 def test_of_two_servers_over_one_home_one_runs_the_jobs_of_both(settings: Settings) -> None:
     first = started(settings)
     waiting = first.submit("rebuild", "waits", {})
