@@ -364,6 +364,9 @@ def _sqlite(doing: str) -> Iterator[None]:
             raise BackendError(said) from error
         if "locked" in text:
             raise BackendError(f"{doing}: another process holds the database; try again") from error
+        if "unable to open" in text or "readonly" in text:  # a reader leaves a mark beside the file, too
+            said = f"{doing}: {text}; the collection's folder must be there and writable, also for searches"
+            raise BackendError(said) from error
         raise BackendError(f"{doing}: {text}") from error
     except sqlite3.DatabaseError as error:
         raise Damaged(f"{doing}: it is damaged ({error}); roll back, or index the source again") from error

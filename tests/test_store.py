@@ -11,6 +11,7 @@ import pytest
 from indexers.records import Record, State
 from indexers.shards import Damaged
 from indexers.store import REPLACED_KEPT, Store
+from retrieval.errors import BackendError
 from retrieval.types import Assertion, Document, Finding, Picture
 
 
@@ -197,3 +198,12 @@ def test_a_store_that_lost_writes_is_refused(store: Store) -> None:
 def test_a_missing_store_is_refused(tmp_path: Path) -> None:
     with pytest.raises(Damaged, match="missing"):
         Store(tmp_path / "store.sqlite")
+
+
+def test_a_store_that_cannot_be_opened_says_what_it_needs(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise sqlite3.OperationalError("unable to open database file")
+
+    monkeypatch.setattr("indexers.store.sqlite3.connect", refused)
+    with pytest.raises(BackendError, match="must be there and writable, also for searches"):
+        Store(store.path)
