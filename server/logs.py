@@ -7,6 +7,8 @@ import logging
 import sys
 import time
 
+from retrieval.errors import BackendError
+
 FIELDS = ("request_id", "caller", "method", "route", "status", "ms")
 
 
@@ -16,8 +18,11 @@ class _Lines(logging.Formatter):
         line = {"at": at, "level": record.levelname.lower(), "logger": record.name, "message": record.getMessage()}
         line |= {name: getattr(record, name) for name in FIELDS if hasattr(record, name)}
         if record.exc_info and record.exc_info[0] is not None:
-            # The kind and the place, not the words: an error's words may quote what was sent.
+            # The kind and the place, not the words: an error's words may quote what was sent. Those of the machine's
+            # faults are ours and never do; without them nobody could tell a full disk from a damaged one.
             line["error"] = record.exc_info[0].__name__
+            if isinstance(record.exc_info[1], BackendError):
+                line["why"] = str(record.exc_info[1])
             trace = record.exc_info[2]
             while trace is not None and trace.tb_next is not None:
                 trace = trace.tb_next
