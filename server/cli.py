@@ -140,14 +140,19 @@ def rebuild(
     gate: Annotated[
         Path | None, typer.Option(metavar="SOURCE", help="Judgments the new generation must satisfy.")
     ] = None,
-    gate_min: Annotated[str, typer.Option(metavar="CONDITION", help="What it must reach there.")] = "nDCG@10>=0",
+    gate_min: Annotated[
+        str | None, typer.Option(metavar="CONDITION", help="What it must reach there; default nDCG@10>=0.")
+    ] = None,
 ) -> None:
     """Build the index anew from the stored documents and vectors, beside the old one, and swap."""
     from server import judging
 
+    if gate_min is not None and gate is None:
+        raise InputError(f"--gate-min: got '{gate_min}' without judgments to measure on; name them with --gate SOURCE")
     home = _home()
     with terminal.progress() as progress:
-        check = judging.gate(home.engine(collection), gate, gate_min, progress) if gate else None
+        least = gate_min or "nDCG@10>=0"
+        check = judging.gate(home.engine(collection), gate, least, progress) if gate else None
         done = home.rebuild(collection, vector_index=vector_index, gate=check, progress=progress)
     say(f"collection {collection}: {_summary(done)}")
 
@@ -234,6 +239,8 @@ def evaluate(
     from server import judging
 
     names = [name.strip() for name in retriever.split(",") if name.strip()]
+    if not names:
+        raise Invalid("--retriever: got no name, expected some of lexical, dense, image, ontology, hybrid")
     with terminal.progress() as progress:
         measured = judging.measure(
             _home().engine(collection),
@@ -469,7 +476,11 @@ def _write(out: Path | None, lines: Iterable[str]) -> None:
             print(line)
         return
     fresh = out.with_name(out.name + ".new")
-    with fresh.open("w", encoding="utf-8") as file:
+    try:
+        file = fresh.open("w", encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"--out: cannot write '{out}' ({error.strerror}); name a file of another folder") from error
+    with file:
         file.writelines(line + "\n" for line in lines)
     fresh.replace(out)
 

@@ -258,7 +258,9 @@ def write_labels(path: Path) -> Path:
         (["evaluate", "films", "source", "--split", "nothing"], "test"),
         (["evaluate", "films", "source", "--measures", "magic@10"], "magic@10"),
         (["evaluate", "films", "source", "--retriever", "magic"], "magic"),
+        (["evaluate", "films", "source", "--retriever", " , "], "--retriever: got no name"),
         (["rebuild", "films", "--gate", "source", "--gate-min", "high"], "--gate-min: got 'high'"),
+        (["rebuild", "films", "--gate-min", "nDCG@10>=0.9"], "name them with --gate SOURCE"),
         (
             ["rebuild", "films", "--gate", "source", "--gate-min", "nDCG@10>=1.5"],
             "the new generation was not published",
@@ -267,6 +269,7 @@ def write_labels(path: Path) -> Path:
         (["compare", "no.run", "no.run", "source/qrels/test.tsv"], "no.run"),
         (["rollback", "films"], "no earlier generation"),
         (["label", "source", "--labels", "magic"], "magic"),
+        (["label", "source", "--out", "no/folder/labels.jsonl"], "cannot write 'no/folder/labels.jsonl'"),
         (["train", "no.toml"], "no.toml"),
     ],
 )
