@@ -182,6 +182,23 @@ _ORDER: Mapping[str, Callable[[Any, Any], bool]] = {
     "lte": operator.le,
 }
 
+
+def paths(filter: Filter) -> Iterator[str]:
+    """The paths that a filter asks for.
+
+    >>> list(paths(And((Compare("year", "gt", 2010), Not(Exists("view"))))))
+    ['year', 'view']
+    """
+    match filter:
+        case And(children) | Or(children):
+            for child in children:
+                yield from paths(child)
+        case Not(child):
+            yield from paths(child)
+        case _:
+            yield filter.path
+
+
 # --- parsing ---------------------------------------------------------------------------------------------------------
 
 _LOGICAL = ("$and", "$or", "$not")

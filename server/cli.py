@@ -10,7 +10,7 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from indexers.rebuild import Summary
     from retrieval.files import Source
     from retrieval.request import RequestPart
-    from retrieval.types import Document, Rejected
+    from retrieval.types import Document, Rejected, Snapshot
     from server.home import Home
     from server.settings import Settings
 
@@ -217,7 +217,11 @@ def search(
         where=_json_object(where, "--where"),
         weights=_numbers(weights),
     )
-    answer = _home().engine(collection).search(request)
+    engine = _home().engine(collection)
+    answer = engine.search(request)
+    if request.where and not answer["hits"]:
+        for path in _unknown_fields(engine.snapshot(), request.where):
+            say(f"lightbox: --where: no document of {collection} has a field '{path}'")
     lines: Iterable[str] = [json.dumps(answer, ensure_ascii=False)] if as_json else terminal.hits(answer, explain)
     for line in lines:
         print(line)
@@ -382,6 +386,15 @@ def _parts(text: str | None, image: Path | None, like: str | None, report: Path 
     if not parts:
         raise InputError("search: got no query, expected TEXT, --image FILE, --like ID or --report FILE")
     return parts
+
+
+def _unknown_fields(snapshot: Snapshot, where: Mapping[str, Any]) -> list[str]:
+    """Fields that a filter names and no document has: a misspelling, most likely."""
+    from retrieval import filters
+
+    filter = filters.parse(where)
+    asked = dict.fromkeys(filters.paths(filter)) if filter is not None else ()
+    return [path for path in asked if not snapshot.count(filters.Exists(path))]
 
 
 def _file(path: Path, option: str) -> Path:

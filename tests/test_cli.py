@@ -130,6 +130,13 @@ def test_nothing_found_is_said(films: Run) -> None:
     assert (done.status, done.out.splitlines()[0]) == (0, "nothing found")
 
 
+def test_a_field_that_no_document_has_is_said(films: Run) -> None:
+    done = films("search", "films", "heart", "--where", '{"projektion": "ap", "$not": {"year": 2009}}')
+    assert done.out.startswith("nothing found")
+    assert (done.status, done.err) == (0, "lightbox: --where: no document of films has a field 'projektion'\n")
+    assert films("search", "films", "heart", "--where", '{"year": 1900}').err == ""
+
+
 def test_add_remove_rebuild_rollback_delete(films: Run, tmp_path: Path) -> None:
     more = write_source(tmp_path / "more", [{"_id": "d", "text": "pacemaker"}])
     assert "1 added, 4 in all" in films("add", "films", more).err
