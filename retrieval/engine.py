@@ -286,7 +286,9 @@ class Engine:
 
     def _picture(self, part: RequestPart, path: str) -> Part:
         if self.parts.image_space is None:
-            raise Invalid(f"{path}.image: this collection has no image encoder; index it with --image-encoder", path)
+            raise Invalid(
+                f"{path}.image: this collection has no image encoder; index it with --image-encoder", f"{path}.image"
+            )
         try:
             return Part(image=self.parts.read_picture(part.image or b""), weight=part.weight)
         except InputError as error:
@@ -302,7 +304,8 @@ class Engine:
         if not fitting:
             dims = ", ".join(f"{space} {encoder.dim}" for space, encoder in self.parts.encoders.items())
             raise Conflict(
-                f"{path}.vector: got {len(vector)} dimensions, this collection has {dims or 'no vectors'}", path
+                f"{path}.vector: got {len(vector)} dimensions, this collection has {dims or 'no vectors'}",
+                f"{path}.vector",
             )
         return {(space, "text"): vector / np.float32(length) for space in fitting}
 

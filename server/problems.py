@@ -40,7 +40,14 @@ STATUS: Mapping[type[RetrievalError], int] = {
 }
 
 
-WORDS = {"extra_forbidden": "no such field here", "missing": "is missing"}
+WORDS = {
+    "extra_forbidden": "no such field here",
+    "missing": "is missing",
+    "model_type": "expected an object",  # the schema's own words name our classes
+    "model_attributes_type": "expected an object",
+    "dict_type": "expected an object",
+    "list_type": "expected a list",
+}
 UNION = re.compile(r"constrained-|list\[|dict\[|function-")
 
 

@@ -217,7 +217,7 @@ def test_another_encoder_than_the_one_that_built_the_collection_is_refused() -> 
         (Request(query=[RequestPart(text="x", id="a")]), Invalid, "query[0]"),
         (Request(query=[RequestPart(text="x", weight=float("nan"))]), Invalid, "query[0].weight"),
         (Request(query=[RequestPart(id="nobody")]), NotFound, "query[0].id"),
-        (Request(query=[RequestPart(vector=[1.0, 2.0])]), Conflict, "query[0]"),
+        (Request(query=[RequestPart(vector=[1.0, 2.0])]), Conflict, "query[0].vector"),
         (Request(query=[RequestPart(vector=[0.0] * 16)]), Invalid, "query[0].vector"),
         (ask(k=0), Invalid, "k"),
         (ask(k=10**9), TooLarge, "k"),
