@@ -49,10 +49,16 @@ def _bars(documents: int | None) -> Iterator[Progress]:
 
         def told(phase: str, done: int, total: int | None) -> None:
             if phase not in tasks:
+                finish()
                 tasks[phase] = bars.add_task(phase, total=total or documents)
             bars.update(tasks[phase], completed=done, total=total or documents)
 
+        def finish() -> None:
+            for task in bars.tasks:  # a source holds no more than was done, whatever its lines promised
+                bars.update(task.id, total=task.completed)
+
         yield told
+        finish()
 
 
 class _Lines:
@@ -77,7 +83,8 @@ class _Lines:
             self._say(now)
 
     def close(self) -> None:
-        if self.phase and self.done != self.last:
+        if self.phase and (self.done != self.last or self.of not in (None, self.done)):
+            self.of = self.of and self.done  # a source holds no more than was done, whatever its lines promised
             self._say(time.monotonic())
         self.phase = ""
 

@@ -208,6 +208,11 @@ def test_columns_of_a_csv_file(run: Run, tmp_path: Path) -> None:
     assert json.loads(run("search", "rows", "heart", "--retriever", "lexical", "--json").out)["hits"][0]["id"] == "7"
 
 
+def test_progress_ends_at_what_there_was(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("id,text\na,heart\na,again\nb,lung\n")
+    assert "encode: 2/2, " in run("index", "films", "rows.csv").err
+
+
 def test_label_writes_a_line_for_every_document(run: Run, tmp_path: Path) -> None:
     write_source(tmp_path / "source", [*CORPUS, {"_id": "d", "text": "nothing to say"}, {"_id": ""}])
     done = run("label", "source", "--labels", write_labels(tmp_path / "mine.toml"))
@@ -499,6 +504,14 @@ def test_a_terminal_shows_a_bar(tmp_path: Path) -> None:
     assert "3/3" in shown
     assert "━" in shown
     assert "collection films: generation 1, 3 documents" in shown
+
+
+def test_the_bar_ends_at_what_there_was(tmp_path: Path) -> None:
+    source = write_source(tmp_path / "source", [*CORPUS, CORPUS[0]])
+    status, shown = on_a_terminal("index", "films", str(source), *BARE, home=tmp_path / "home")
+    assert status == 0, shown
+    last = shown.partition("collection films")[0].rpartition("encode")[2]
+    assert ("3/3" in last, "3/4" in last) == (True, False)
 
 
 def test_ctrl_c_stops_cleanly_and_the_same_command_goes_on(tmp_path: Path) -> None:
