@@ -133,9 +133,12 @@ _ABOUT = """SciFact, 5,183 abstracts, nDCG@10; written by `python -m benchmarks.
 tower with the default weights, no reranker. Measured *through the product*: its own index and evaluation. Measured
 *on the GPU*: with the tower in PyTorch and the same fusion (`encoders.collection`), right after training.
 
-All rows but the base's come from `encoders/recipes/scifact-text.toml` with the seed in their name: no teacher's scores
-are distilled. Rows with a distilled teacher are missing: the cross-encoder that should have taught failed on the GPU,
-and no time was left there to train it again. So nothing here shows that a teacher helps."""
+`scifact-text` comes from `encoders/recipes/scifact-text.toml` with the seed in its name: no teacher's scores are
+distilled. Rows with a distilled teacher are missing: the cross-encoder that should have taught failed on the GPU, and
+on two cores half a minute a step was not to be paid. So nothing here shows that a teacher helps a tower of equal size.
+
+`minilm-cut` does have a teacher: three of the base's six layers, taught to give the base's vectors of the collection's
+texts and their relations (UniME's first stage; `encoders/recipes/minilm-cut.toml`, one seed). No judgment was read."""
 _READING = """Read the columns apart. The test split shares papers with the train split: for two of three test claims,
 a train claim asks for the same paper, and a tower that learned from train claims has met it. The claims whose papers
 are unseen, and the held-out ones, tell what to expect of a tower in a collection that it did not learn from. The
