@@ -151,7 +151,7 @@ def rebuild(
         raise InputError(f"--gate-min: got '{gate_min}' without judgments to measure on; name them with --gate SOURCE")
     home = _home()
     with terminal.progress() as progress:
-        least = gate_min or "nDCG@10>=0"
+        least = judging.LEAST if gate_min is None else gate_min
         check = judging.gate(home.engine(collection), gate, least, progress) if gate else None
         done = home.rebuild(collection, vector_index=vector_index, gate=check, progress=progress)
     say(f"collection {collection}: {_summary(done)}")

@@ -16,6 +16,7 @@ from retrieval.retrievers import DEPTH, Fused, Ontological, query_kind
 from retrieval.types import Index, Progress, Qrels, Query, Ranking, Run, Snapshot
 
 MEASURES = ("nDCG@10", "R@100", "RR@10")
+LEAST = "nDCG@10>=0"  # that a gate asks for where nothing is said
 
 
 class Judgments(NamedTuple):

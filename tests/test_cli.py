@@ -272,6 +272,7 @@ def write_labels(path: Path) -> Path:
         (["evaluate", "films", "source", "--retriever", "magic"], "magic"),
         (["evaluate", "films", "source", "--retriever", " , "], "--retriever: got no name"),
         (["rebuild", "films", "--gate", "source", "--gate-min", "high"], "--gate-min: got 'high'"),
+        (["rebuild", "films", "--gate", "source", "--gate-min", ""], "--gate-min: got ''"),
         (["rebuild", "films", "--gate-min", "nDCG@10>=0.9"], "name them with --gate SOURCE"),
         (
             ["rebuild", "films", "--gate", "source", "--gate-min", "nDCG@10>=1.5"],
