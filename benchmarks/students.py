@@ -37,14 +37,15 @@ TIMED, ROUNDS = 256, 3  # documents that the encoding rate is taken over, and ho
 
 def main(arguments: Sequence[str]) -> None:
     figures: dict[str, Any] = json.loads(FIGURES.read_text("utf-8")) if FIGURES.exists() else {}
-    at = home()
     encoders = {name: encoder or name for name, _, encoder in (argument.partition("=") for argument in arguments)}
-    for name, encoder in encoders.items():
-        figures[name] = measured(at, f"students-{name}", encoder)
-        print(name, json.dumps(figures[name]), flush=True)
-    for name, rate in rates(at, encoders).items():
-        figures[name]["documents_per_second"] = rate
-    FIGURES.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    if encoders:
+        at = home()
+        for name, encoder in encoders.items():
+            figures[name] = measured(at, f"students-{name}", encoder)
+            print(name, json.dumps(figures[name]), flush=True)
+        for name, rate in rates(at, encoders).items():
+            figures[name]["documents_per_second"] = rate
+        FIGURES.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     PAGE.write_text(page(figures), encoding="utf-8")
 
 
