@@ -25,11 +25,10 @@ from zipfile import ZipFile
 VERSION = "8.19.0"
 ARTIFACT = f"org.elasticsearch.distribution.integ-test-zip:elasticsearch:{VERSION}:zip"
 CACHE = Path(__file__).resolve().parents[1] / ".es"
-HEAP = "512m"
 START_S = 300.0
 ORDINARY = "nobody"  # who runs it where we are root
 # Tests share two cores: the quick compiler alone starts in a third of the processor time.
-JAVA_OPTIONS = f"-Xms{HEAP} -Xmx{HEAP} -XX:TieredStopAtLevel=1 -XX:CICompilerCount=1 -XX:ActiveProcessorCount=2"
+TESTED = "-Xms512m -Xmx512m -XX:TieredStopAtLevel=1 -XX:CICompilerCount=1 -XX:ActiveProcessorCount=2"
 
 _direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # loopback goes through no proxy
 
@@ -61,9 +60,10 @@ def distribution() -> Path:
 class Node:
     """One server process with its own data, and the ways to hurt it."""
 
-    def __init__(self, home: Path, folder: Path, settings: Mapping[str, Any]) -> None:
+    def __init__(self, home: Path, folder: Path, settings: Mapping[str, Any], java_options: str) -> None:
         self.home = home
         self.folder = folder
+        self.java_options = java_options
         self.port, self.transport = _free_port(), _free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.settings = settings
@@ -97,7 +97,7 @@ class Node:
             "ES_JAVA_HOME": str(java),
             "ES_PATH_CONF": str(self.folder / "config"),
             "ES_TMPDIR": str(self.folder / "tmp"),
-            "ES_JAVA_OPTS": JAVA_OPTIONS,
+            "ES_JAVA_OPTS": self.java_options,
             "CLI_JAVA_OPTS": "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC",
         }
         user = {"user": ORDINARY, "group": pwd.getpwnam(ORDINARY).pw_gid, "extra_groups": []} if _root() else {}
@@ -151,7 +151,7 @@ class Node:
 class Cluster:
     """Nodes that know one another."""
 
-    def __init__(self, size: int = 1, settings: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, size: int = 1, settings: Mapping[str, Any] | None = None, java_options: str = TESTED) -> None:
         self._folder = Path(tempfile.mkdtemp(prefix="lightbox-es-"))
         try:
             with ZipFile(distribution()) as archive:
@@ -159,7 +159,7 @@ class Cluster:
             home = self._folder / f"elasticsearch-{VERSION}"
             for file in home.rglob("bin/*"):
                 file.chmod(0o755)
-            self.nodes = [Node(home, self._folder / f"node-{n}", {}) for n in range(size)]
+            self.nodes = [Node(home, self._folder / f"node-{n}", {}, java_options) for n in range(size)]
             _give_away(self._folder)
             shared = {
                 "cluster.name": self._folder.name,
