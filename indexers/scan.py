@@ -153,7 +153,7 @@ def nearest(stored: Stored, queries: Matrix, k: int, allowed: Numbers | None = N
     among = np.arange(total) if allowed is None else allowed
     for query in spilled:
         rows[query] = _scanned(stored, queries[query : query + 1], k, among)
-    return _padded(rows)
+    return padded(rows)
 
 
 def _listed(stored: Stored, queries: Matrix, k: int, numbers: Numbers) -> tuple[Scores, Numbers]:
@@ -196,7 +196,7 @@ def _without(scores: Scores, numbers: Numbers, allowed: Numbers, count: int) -> 
     """Leaves out what is not allowed."""
     kept = np.zeros(count + 1, np.bool_)  # one more for the padding, -1
     kept[allowed] = True
-    return _padded([(s[kept[n]], n[kept[n]]) for s, n in zip(scores, numbers, strict=True)])
+    return padded([(s[kept[n]], n[kept[n]]) for s, n in zip(scores, numbers, strict=True)])
 
 
 def _knn(stored: Stored, queries: Matrix, k: int, allowed: Numbers | None) -> tuple[Scores, Numbers]:
@@ -230,7 +230,8 @@ def best_first(scores: Scores, numbers: Numbers, k: int) -> tuple[Scores, Number
     return np.take_along_axis(scores, order, 1), np.take_along_axis(numbers, order, 1)
 
 
-def _padded(rows: list[tuple[Scores, Numbers]]) -> tuple[Scores, Numbers]:
+def padded(rows: Sequence[tuple[Scores, Numbers]]) -> tuple[Scores, Numbers]:
+    """Rows of different widths as one (Q, W) array each, filled up with -inf and -1."""
     width = max(len(numbers) for _, numbers in rows)
     scores = np.full((len(rows), width), -np.inf, np.float32)
     numbers = np.full((len(rows), width), -1, np.int64)

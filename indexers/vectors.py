@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 from indexers.kinds import Distilled, Graph, Kind, kind_of, selector
 from indexers.product import face, spread
-from indexers.scan import TIE, Chunks, Numbers, Scores, Stored, best_first, nearest, threads
+from indexers.scan import TIE, Chunks, Numbers, Scores, Stored, best_first, nearest, padded, threads
 from indexers.specs import Spec as Spec
 from indexers.specs import parse_spec as parse_spec
 from retrieval.errors import BackendError, Conflict, Invalid
@@ -228,11 +228,18 @@ class SideIndex:
         with threads(1 if len(queries) == 1 else BUILD_THREADS):
             if codes is not None:
                 scores, found = self._approximate(codes, queries, min(k, count), numbers, filtered)
-                # A graph that led to too few, a filter that hid the content of lists, and lists that gave nothing are
-                # answered exactly. A fast scan gives nothing where all codewords score the same, and leaves out
-                # what takes the worst of each: a scan makes up for that where it costs little.
+                # Queries are answered exactly which a graph led to too few, from which a filter hid the content of
+                # lists, and which lists gave nothing. A fast scan gives nothing where all codewords score the same,
+                # and leaves out what takes the worst of each: a scan makes up for that where it costs little.
                 strict = filtered or isinstance(codes.kind, Graph) or count <= _SMALL
-                if not np.count_nonzero(found[:, -1 if strict else 0] < 0):
+                short = np.flatnonzero(found[:, -1 if strict else 0] < 0)
+                if len(short) < len(queries):
+                    if len(short):
+                        rows = list(zip(scores, found, strict=True))
+                        best = zip(*nearest(self._stored, queries[short], k, numbers), strict=True)
+                        for query, row in zip(short, best, strict=True):
+                            rows[query] = row
+                        scores, found = padded(rows)
                     return Found(scores, found, False, self.recall)
             return Found(*nearest(self._stored, queries, k, numbers), True, 1.0)
 

@@ -248,6 +248,18 @@ def test_what_a_fast_scan_cannot_tell_apart_is_answered_exactly() -> None:
     assert (nowhere.scores == 0).all()
 
 
+def test_a_query_that_finds_nothing_leaves_the_rest_of_its_batch_as_it_was() -> None:
+    index, _, queries = large("ivfpq:M=16,bits=4,nlist=16,nprobe=4")
+    asked = queries[:3].copy()
+    alone = index.search(asked[[0, 2]], 10)
+    asked[1] = 0
+    batch = index.search(asked, 10)
+    assert not batch.exact
+    np.testing.assert_array_equal(batch.numbers[[0, 2], :10], alone.numbers)
+    assert (batch.scores[[0, 2], 10:] == -np.inf).all()
+    assert (batch.scores[1] == 0).all()
+
+
 @pytest.mark.parametrize("count", [2, 3, 9, 20])
 def test_a_fast_scan_leaves_out_nothing_of_a_few(count: int) -> None:
     for spec in ("ivfpq:M=8,bits=4,nlist=1", "ivfpq:M=1,bits=4,nlist=2,nprobe=2"):
