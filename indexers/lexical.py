@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -33,6 +34,7 @@ K1, B = 1.2, 0.75  # fixed in tantivy
 Mask = NDArray[np.bool_]
 
 _HEAP_BYTES = 128_000_000
+_LOCKED_FOR_S = 10.0  # at most, by a process that is being started
 _SLACK = 16  # fetched beyond 1.25 k, so that most ties at the cut are seen at once
 _SELECT_ROWS = 2_000  # up to so many allowed rows can be cheaper to name in the query than to fetch past
 _FETCH_CHEAP = 4_000
@@ -66,7 +68,7 @@ def grow(previous: Folder | None, target: Path, texts: Iterable[tuple[int, str]]
         if previous is not None:
             _link(previous.path, target)
         index = tantivy.Index(_schema(), str(target))
-        writer = index.writer(_HEAP_BYTES, 1)
+        writer = _writer(index)
         for row in deaths:
             # By term, tantivy takes the number for a signed one and deletes nothing.
             writer.delete_documents_by_query(tantivy.Query.term_query(index.schema, "row", int(row)))
@@ -79,6 +81,22 @@ def grow(previous: Folder | None, target: Path, texts: Iterable[tuple[int, str]]
         writer.commit()
         writer.wait_merging_threads()
         return _settle(index, target, previous.files if previous is not None else {})
+
+
+def _writer(index: tantivy.Index) -> tantivy.IndexWriter:
+    """Waits for the lock of a folder that nobody else writes to.
+
+    The lock lies on an open file. Where another thread is starting a process, as jobs do, that process holds a copy of
+    the file until it runs its own program, and what was let go here is still locked for a moment.
+    """
+    until = time.monotonic() + _LOCKED_FOR_S
+    while True:
+        try:
+            return index.writer(_HEAP_BYTES, 1)
+        except ValueError as error:
+            if "LockBusy" not in str(error) or time.monotonic() > until:
+                raise
+            time.sleep(0.01)
 
 
 def _link(previous: Path, target: Path) -> None:
@@ -97,7 +115,7 @@ def _link(previous: Path, target: Path) -> None:
 
 def _settle(index: tantivy.Index, folder: Path, known: Checksums) -> Checksums:
     """Drops the files of merged segments, flushes the rest and takes their checksums."""
-    index.writer(_HEAP_BYTES, 1).garbage_collect_files()
+    _writer(index).garbage_collect_files()
     for name in _LOCKS:
         (folder / name).unlink(missing_ok=True)
     return checksums(folder, known)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
+import threading
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -98,6 +101,23 @@ def test_many_small_steps_keep_every_document(tmp_path: Path) -> None:
     names = [f"id{n}" for n in range(25)]
     found = {hit.id for hit in Lexical(tmp_path / "step24").search(["heart"], 99, None, names)[0]}
     assert found == {f"id{n}" for n in range(25) if n % 2 or n >= 22}
+
+
+def test_a_lock_that_a_starting_process_still_holds_is_waited_for(tmp_path: Path) -> None:
+    """Between fork and exec a child holds a copy of every open file, the locked one among them."""
+
+    def texts() -> Iterator[tuple[int, str]]:
+        opened = [
+            f for f in Path("/proc/self/fd").iterdir() if os.path.realpath(f) == f"{folder}/.tantivy-writer.lock"
+        ]
+        copies = [os.dup(int(file.name)) for file in opened]
+        assert copies
+        threading.Timer(0.5, lambda: [os.close(copy) for copy in copies]).start()
+        yield 0, "pleural effusion"
+
+    folder = tmp_path.resolve() / "words"
+    grow(None, folder, texts(), ())
+    assert [hit.id for hit in Lexical(folder).search(["effusion"], 1, None, ["a"])[0]] == ["a"]
 
 
 def test_what_is_no_index_is_refused(tmp_path: Path) -> None:
