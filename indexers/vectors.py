@@ -233,14 +233,14 @@ class SideIndex:
                 # and leaves out what takes the worst of each: a scan makes up for that where it costs little.
                 strict = filtered or isinstance(codes.kind, Graph) or count <= _SMALL
                 short = np.flatnonzero(found[:, -1 if strict else 0] < 0)
-                if len(short) < len(queries):
-                    if len(short):
-                        rows = list(zip(scores, found, strict=True))
-                        best = zip(*nearest(self._stored, queries[short], k, numbers), strict=True)
-                        for query, row in zip(short, best, strict=True):
-                            rows[query] = row
-                        scores, found = padded(rows)
+                if not len(short):
                     return Found(scores, found, False, self.recall)
+                if len(short) < len(queries):
+                    rows = list(zip(scores, found, strict=True))
+                    exactly = nearest(self._stored, queries[short], k, numbers)
+                    for query, best, which in zip(short, *exactly, strict=True):
+                        rows[query] = best, which
+                    return Found(*padded(rows), False, self.recall)
             return Found(*nearest(self._stored, queries, k, numbers), True, 1.0)
 
     def _check(self, queries: Matrix, k: int) -> None:
