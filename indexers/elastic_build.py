@@ -46,6 +46,7 @@ from indexers.elastic_index import (
 from indexers.elastic_snapshot import ElasticSnapshot, stamp_of
 from indexers.embedded import writer_lock
 from indexers.intake import QUARANTINE, Intake
+from indexers.queries import perturbed
 from indexers.rebuild import Summary
 from indexers.shards import disk
 from retrieval.errors import BackendError, Conflict, Invalid, NotFound
@@ -252,7 +253,7 @@ def _good(place: Place, before: int) -> list[int]:
 
 
 def measured(built: ElasticSnapshot) -> dict[str, float]:
-    """space/side -> share of the true nearest that an approximate search finds; empty where all is exact."""
+    """space/side -> share of the true nearest that a search around some vectors finds; empty where all is exact."""
     if spec_of(built.vector_index).kind == "flat":
         return {}
     recalls: dict[str, float] = {}
@@ -260,7 +261,7 @@ def measured(built: ElasticSnapshot) -> dict[str, float]:
         rows = built.vectors(space, side, built.sample(_MEASURED)).matrix
         if not len(rows):
             continue
-        asked = np.ascontiguousarray(rows), _MEASURED_K, None, (side,)
+        asked = perturbed(rows, len(rows), seed=0), _MEASURED_K, None, (side,)
         found = zip(built.search_vectors(space, *asked), built.search_vectors(space, *asked, exact=True), strict=True)
         shares = [len({h.id for h in some} & {h.id for h in best}) / max(1, len(best)) for some, best in found]
         recalls[f"{space}/{side}"] = round(float(np.mean(shares)), 4)

@@ -169,6 +169,29 @@ def test_an_approximate_search_says_so_and_comes_close(spec: str, monkeypatch: p
     assert index.search(queries, 10, exact=True).exact
 
 
+def test_the_recall_said_is_not_that_of_vectors_searched_for_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph finds what lies among its vectors sooner than what lies between them, and queries lie between them."""
+    monkeypatch.setattr("indexers.kinds.EF_SEARCH", (32,))
+    monkeypatch.setattr("indexers.vectors._ROWS_PER_EF", 0)
+    rng = np.random.default_rng(0)
+    centres = unit(100, 64)
+
+    def between(weight: Array) -> Array:
+        some, others = centres[rng.integers(100, size=(2, len(weight)))]
+        rows = weight * some + (1 - weight) * others
+        rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+        return np.ascontiguousarray(rows, np.float32)
+
+    rows, queries = between(rng.uniform(0.6, 0.95, (5_000, 1))), between(np.full((200, 1), 0.5))
+    index = built([rows], "hnsw-sq8")
+
+    def reached(asked: Array) -> float:
+        found = index.search(asked, 10).numbers
+        return float((Stored([rows]).scores(asked, found) >= brute(asked, rows, 10)[:, -1:] - TIE).mean())
+
+    assert reached(queries) < index.recall < reached(rows[-256:]) - 0.025
+
+
 @pytest.mark.parametrize("spec", SPECS)
 def test_a_filtered_search_finds_what_brute_force_finds(spec: str) -> None:
     """200 filters, from half of the vectors down to one in a thousand."""
