@@ -21,6 +21,7 @@ from retrieval.errors import InputError
 from retrieval.types import Document, Item
 
 TOKENS = 2048  # of one batch, padding included
+HEADED = "ForSequenceClassification"  # transformers gives a model a fresh head where its folder holds none
 PAIRS = tuple(zip(PROBES, (*PROBES[1:], PROBES[0]), strict=True))
 
 
@@ -72,6 +73,11 @@ def _loaded(folder: Path, name: str) -> Any:
         model = CrossEncoder(str(folder), device="cpu", local_files_only=True).float().eval()
         if model.num_labels != 1:
             raise InputError(f"{name!r} gives {model.num_labels} scores a pair; a reranker gives one")
+        made = type(getattr(model[0], "model", None)).__name__
+        if made.endswith(HEADED) and made not in config.get("architectures", [made]):
+            raise InputError(
+                f"{name!r} is no cross-encoder: it has no head that scores a pair, and one would be random"
+            )
     return model
 
 

@@ -69,6 +69,15 @@ def test_a_model_with_several_scores_is_refused(tmp_path: Path) -> None:
         cross_encoder(str(saved(tmp_path, 3)), tmp_path / "cache")
 
 
+def test_a_text_tower_is_refused_for_its_head_would_be_random(tmp_path: Path) -> None:
+    from transformers import AutoModel
+
+    folder = saved(tmp_path, 1)
+    AutoModel.from_pretrained(folder).save_pretrained(folder)
+    with pytest.raises(InputError, match="no head that scores a pair"):
+        cross_encoder(str(folder), tmp_path / "cache")
+
+
 def test_an_unknown_name_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(InputError, match="unknown model 'no-such-reranker'"):
