@@ -74,7 +74,7 @@ def _loaded(folder: Path, name: str) -> Any:
         if model.num_labels != 1:
             raise InputError(f"{name!r} gives {model.num_labels} scores a pair; a reranker gives one")
         made = type(getattr(model[0], "model", None)).__name__
-        if made.endswith(HEADED) and made not in config.get("architectures", [made]):
+        if made.endswith(HEADED) and made not in (config.get("architectures") or [made]):
             raise InputError(
                 f"{name!r} is no cross-encoder: it has no head that scores a pair, and one would be random"
             )

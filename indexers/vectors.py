@@ -176,7 +176,7 @@ class SideIndex:
     def _measure(self, codes: Codes, seen: int, queries: Matrix | None) -> tuple[Point, tuple[Point, ...]]:
         """The least effort that finds enough, and what was tried; over `queries`, or around the rows not added yet.
 
-        Fewer than ten vectors hold none out and are asked for themselves.
+        Fewer than ten vectors hold none out: queries are drawn around those that are searched.
         """
         if queries is None:
             around = self._stored.gather(np.arange(seen, len(self)) if seen < len(self) else np.arange(seen))

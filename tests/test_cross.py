@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -76,6 +77,13 @@ def test_a_text_tower_is_refused_for_its_head_would_be_random(tmp_path: Path) ->
     AutoModel.from_pretrained(folder).save_pretrained(folder)
     with pytest.raises(InputError, match="no head that scores a pair"):
         cross_encoder(str(folder), tmp_path / "cache")
+
+
+def test_a_configuration_need_not_name_its_architecture(tmp_path: Path) -> None:
+    folder = saved(tmp_path, 1)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"architectures": None}))
+    assert len(cross_encoder(str(folder), tmp_path / "cache").score(Item(text="lung"), documents(["effusion"]))) == 1
 
 
 def test_an_unknown_name_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
