@@ -32,6 +32,7 @@ from retrieval.types import Matrix
 
 FORMAT = 1  # of a converted tower; another number makes it anew
 GPU_ROWS = 64  # fewer rows are encoded sooner on the CPU than torch is imported
+KERNELS = 128  # kept of what OpenVINO compiles for each shape of a batch: by itself it keeps 5,000, over a gigabyte
 
 Array = NDArray[Any]
 Inputs = Mapping[str, Array]  # name of an input -> (B, ...) array
@@ -304,7 +305,8 @@ class Tower:
             if hint not in self._compiled:
                 with _foreign():
                     # float32 also where the CPU offers less: a query must meet vectors made on another machine.
-                    how = {"PERFORMANCE_HINT": hint, "INFERENCE_PRECISION_HINT": "f32"}
+                    how = {"PERFORMANCE_HINT": hint, "INFERENCE_PRECISION_HINT": "f32",
+                           "CPU_RUNTIME_CACHE_CAPACITY": str(KERNELS)}  # fmt: skip
                     self._compiled[hint] = _core().compile_model(str(self.folder / "tower.xml"), "CPU", how)
             return self._compiled[hint]
 

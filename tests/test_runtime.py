@@ -251,5 +251,51 @@ def test_a_warm_cache_needs_neither_torch_nor_the_network(tmp_path_factory: pyte
     np.testing.assert_allclose(there["vectors"], here, atol=1e-5)
 
 
+GROWTH = """
+import sys
+from pathlib import Path
+import numpy as np
+from encoders import runtime
+
+def own():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon"))
+
+runtime.KERNELS = int(sys.argv[2]) or runtime.KERNELS
+ready = runtime.Tower(Path(sys.argv[1]), {"runtime": "openvino"}, lambda: None)
+for rows in range(1, 26):
+    for length in range(1, 41):
+        ready.one({"x": np.ones((rows, length, 64), np.float32)})
+    if rows == 5:
+        before = own()
+print(own() - before)
+"""
+
+
+def test_shapes_that_were_never_seen_do_not_fill_the_memory(tmp_path: Path) -> None:
+    """A process grew by a megabyte with each new shape of a batch while a reranker worked."""
+    import torch
+
+    class Attending(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = torch.nn.ModuleList(torch.nn.Linear(64, 64) for _ in range(4))
+
+        def forward(self, x: Any) -> Any:
+            for layer in self.layers:
+                x = torch.relu(layer(torch.softmax(x @ x.transpose(1, 2), -1) @ x))
+            return x.mean(1)
+
+    example = {"x": torch.ones(2, 7, 64)}
+    assert convert(Attending().eval(), tmp_path, example, [example], fixed=False) == "openvino"
+
+    def grown(kernels: int) -> float:
+        child = [sys.executable, "-c", GROWTH, str(tmp_path), str(kernels)]
+        done = subprocess.run(child, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == 0, done.stderr
+        return float(done.stdout)
+
+    assert grown(0) < 0.75 * grown(5_000)  # what OpenVINO would keep by itself
+
+
 def test_the_packaged_weights_are_found_without_importing_their_package() -> None:
     assert (packaged() / "model.safetensors").is_file()
