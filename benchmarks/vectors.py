@@ -8,10 +8,10 @@ Vectors are real: abstracts of SciFact, captions of ROCO and windows of words cu
 encoder, 384 dimensions. Where a size needs more, the rest are mixtures of two of them (weights 0.6 to 0.95 and the
 rest), and the table says how many. Queries are the collections' own. Every engine is built in one process and
 searched in another, one query at a time on one thread, then in batches of 64 on two. The row of an engine is its
-cheapest setting that finds 99 % of the true ten best, or its best one. The filter keeps a hundredth of the vectors,
-another hundredth for each query. Ours are whole collections: store, metadata and filters with them. The machine was
-shared: compare processor time (all threads of the engine, median of the queries), not p50 and p99, which hold the
-waiting for a core as well.
+cheapest setting that finds 99 % of the true ten best, or its best one; a setting is asked for a minute at most. The
+filter keeps a hundredth of the vectors, another hundredth for each query. Ours are whole collections: store, metadata
+and filters with them. The machine was shared: compare processor time (all threads of the engine, median of the
+queries), not p50 and p99, which hold the waiting for a core as well.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ def _recall(folder: Path, found: list[list[int]], least: NDArray[np.float32]) ->
     """Share of the k best that were found; whatever scores as well as the k-th counts."""
     vectors, queries = np.load(folder / "vectors.npy", mmap_mode="r"), np.load(folder / "queries.npy")
     reached = 0
-    for query, numbers, score in zip(queries, found, least, strict=True):
+    for query, numbers, score in zip(queries, found, least, strict=False):  # a slow engine is not asked all
         known = [number for number in numbers if number >= 0]
         reached += int((vectors[known] @ query >= score - 1e-5).sum())
     return reached / (K * len(found))

@@ -22,6 +22,7 @@ Array = NDArray[np.float32]
 K = 10
 EFS = (16, 32, 64, 128, 256, 512)
 LINKS, EF_BUILD, THREADS = 32, 100, 2
+LONGEST = 60.0  # seconds that one setting is asked, a quarter more to warm up
 
 
 class Engine:
@@ -325,10 +326,15 @@ def _one(engine: Engine, setting: int | None, queries: Array, windows: Array | N
 
 
 def _timed(search: Callable[[int], Any], count: int) -> dict[str, Any]:
+    until = time.perf_counter() + LONGEST / 4
     for i in range(20):
-        search(i)
-    taken, spent, found = [], [], []
+        if time.perf_counter() < until:
+            search(i)
+    taken: list[float] = []
+    spent, found = [], []
     for i in range(count):
+        if sum(taken) > LONGEST:
+            break
         start, busy = time.perf_counter(), time.process_time()
         numbers = search(i)
         spent.append(time.process_time() - busy)
