@@ -319,8 +319,9 @@ class ElasticSnapshot:
         """
         tokens, alone = self._vocabulary
         found = np.zeros(len(tokens), bool)
-        for concept in dict.fromkeys(finding.concept for finding in part.findings):
-            these = tuple(finding for finding in part.findings if finding.concept == concept)
+        findings = part.findings or ()
+        for concept in dict.fromkeys(finding.concept for finding in findings):
+            these = tuple(finding for finding in findings if finding.concept == concept)
             found |= score(Part(kind=part.kind, findings=these), alone) > 0
         return [token for token, tells in zip(tokens, found.tolist(), strict=True) if tells]
 

@@ -260,7 +260,7 @@ def findings_score(by: Measure | Linker | None = None, index: Index | None = Non
             for stale in [key for key, (alive, _) in kept.items() if alive() is None]:
                 del kept[stale]
             found = kept[id(postings)] = (weakref.ref(postings), _Columns(found_by, postings))
-        profile = found_by.profile(part.findings)
+        profile = found_by.profile(part.findings or ())
         return found[1].alike(profile) if part.kind == "report" else found[1].containing(profile)
 
     return score

@@ -200,12 +200,12 @@ class Ontological:
 
     def linked(self, queries: Sequence[Query]) -> list[Query]:
         """The queries with findings in every part that has text; a stored document keeps its own."""
-        texts = [p.text for q in queries for p in q.parts if p.text and not p.findings]
+        texts = [p.text for q in queries for p in q.parts if p.text and p.findings is None]
         with timed("encode"):
             found = iter(self.linker.link_queries(texts) if texts else ())
 
         def link(part: Part) -> Part:
-            return replace(part, findings=next(found)) if part.text and not part.findings else part
+            return replace(part, findings=next(found)) if part.text and part.findings is None else part
 
         return [replace(query, parts=tuple(link(part) for part in query.parts)) for query in queries]
 
@@ -218,7 +218,7 @@ class Ontological:
 
         def told(query: Query) -> float:
             power = 2 if query_kind(query) == "report" else 3
-            return _mean([share(part.text, part.findings) for part in query.parts if part.text]) ** power
+            return _mean([share(part.text, part.findings or ()) for part in query.parts if part.text]) ** power
 
         return [told(query) for query in self.linked(queries)]
 

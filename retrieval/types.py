@@ -69,11 +69,12 @@ class Part(Item):
     kind: "report" is text treated as a document (symmetric ontology match), "text" a phrase.
     vectors: (space, side) -> unit vector, used instead of encoding (a raw vector, or a stored document's).
     weight: negative means away from it.
+    findings: what a linker found in the text; None where none has read it yet.
     """
 
     kind: Literal["text", "report"] = "text"
     weight: float = 1.0
-    findings: tuple[Finding, ...] = ()
+    findings: tuple[Finding, ...] | None = None
     vectors: Mapping[tuple[str, Side], Vector] = field(default_factory=dict)
 
 

@@ -115,6 +115,15 @@ def test_fused_weighs_a_leg_by_how_much_it_understood(index) -> None:
     assert repr(fused).startswith("Fused(legs={'lexical': Lexical()")
 
 
+@pytest.mark.parametrize("text", ["left effusion", "nothing of the kind"])
+def test_a_query_is_read_by_the_linker_once(index, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    monkeypatch.setattr(LINKER, "link_queries", lambda texts: read.extend(texts) or LINKER.link(texts), raising=False)
+    legs = {"lexical": Lexical(index), "ontology": Ontological(index, LINKER, shared_concepts)}
+    Fused(legs, {"text": {"lexical": 0.5, "ontology": 0.5}})(ask(Part(text=text)), 4)
+    assert read == [text]
+
+
 def test_reranked_parts_still_add_up_and_keep_the_legs(index) -> None:
     legs = {"lexical": Lexical(index), "dense": Dense(index, HashingEncoder(dim=4))}
     first = Fused(legs, {"text": {"lexical": 0.5, "dense": 0.5}})
