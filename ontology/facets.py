@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,8 +53,7 @@ class Facets:
 
     def _found(self, words: Sequence[Word], right: Collection[str]) -> list[tuple[int, int, frozenset[str]]]:
         """Phrases of facets from left to right, the longest first, misspelled words corrected."""
-        known = {stem for phrase in self.words for stem in phrase}
-        stems = [w.stem if w.stem in known or w.stem in right else nearest(w.stem, known) or w.stem for w in words]
+        stems = [self._corrected(word.stem, right) for word in words]
         longest = max(map(len, self.words), default=0)
         found = []
         at = 0
@@ -67,6 +67,18 @@ class Facets:
                 size = 1
             at += size
         return found
+
+    def _corrected(self, stem: str, right: Collection[str]) -> str:
+        like = self._known.get(stem[:1], ())  # few slips are made in a word's first letter
+        return stem if stem in like or stem in right else nearest(stem, like) or stem
+
+    @cached_property
+    def _known(self) -> Mapping[str, set[str]]:
+        """The words of facets by their first letter."""
+        known: dict[str, set[str]] = {}
+        for stem in {stem for phrase in self.words for stem in phrase}:
+            known.setdefault(stem[:1], set()).add(stem)
+        return known
 
 
 def read_facets(folder: Path, vocabulary: Vocabulary) -> Facets:

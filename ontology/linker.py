@@ -20,7 +20,7 @@ from ontology.cues import TRIGGERS
 from ontology.facets import Meaning
 from ontology.labels import hedge
 from ontology.lexicon import Mention
-from ontology.spelling import allowance, distance, shortened
+from ontology.spelling import allowance, shortened, slips
 from ontology.tables import CHEST, GRAM, LETTERS, Tables, load_tables
 from ontology.trigrams import Candidate
 from ontology.understanding import understood
@@ -154,7 +154,7 @@ class Dictionary:
         best: tuple[int, str] = (limit + 1, "")
         for name, _ in near:
             if name[0] == text[0] and name in self.tables.named:
-                best = min(best, (distance(text, name, limit), name))
+                best = min(best, (slips(text, name, limit), name))
         return Spelled(best[1], self.tables.named[best[1]], best[0]) if best[0] <= limit else None
 
     def _meant(self, words: Sequence[Word], named: Sequence[Mention]) -> list[Mention]:

@@ -55,7 +55,8 @@ class Tables:
     @cached_property
     def trigrams(self) -> Trigrams:
         """Loaded when a word is first met that no name has."""
-        arrays = {name: np.load(self.folder / f"{name}.npy", mmap_mode="r") for name in _ARRAYS}
+        mapped = {name: np.load(self.folder / f"{name}.npy", mmap_mode="r") for name in _ARRAYS}
+        arrays = {name: np.asarray(array) for name, array in mapped.items()}  # slices of a memmap are slow
         return Trigrams(self._spellings["names"], self._spellings["grams"], **arrays)
 
     @cached_property

@@ -35,14 +35,16 @@ class Trigrams:
 
     def _nearest(self, text: str, k: int) -> list[Candidate]:
         vector = self.vector(text)
-        scores = np.zeros(len(self.names), np.float32)
-        for gram, weight in vector.items():
-            held = slice(self.starts[gram], self.starts[gram + 1])
-            scores[self.rows[held]] += weight * self.weights[held]
-        if not len(scores):
+        if not vector:
             return []
-        best = np.argpartition(-scores, min(k, len(scores) - 1))[:k]
-        found = [(self.names[row], float(scores[row])) for row in best.tolist() if scores[row] > 0]
+        held = [slice(self.starts[gram], self.starts[gram + 1]) for gram in vector]
+        rows = np.concatenate([self.rows[gram] for gram in held])
+        weights = np.concatenate([self.weights[gram] * w for gram, w in zip(held, vector.values(), strict=True)])
+        scores = np.bincount(rows, weights, len(self.names))
+        like = np.flatnonzero(scores > 0)
+        if len(like) > k:
+            like = like[np.argpartition(-scores[like], k)[:k]]
+        found = [(self.names[row], float(scores[row])) for row in like.tolist()]
         return sorted(found, key=lambda candidate: (-round(candidate[1], 5), candidate[0]))
 
     def vector(self, text: str) -> dict[int, float]:
