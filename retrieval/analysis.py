@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 import threading
 import unicodedata
+from collections.abc import Set
 from functools import lru_cache
 
 import Stemmer
@@ -48,14 +49,13 @@ def spans(text: str) -> list[tuple[str, int, int]]:
     return [(token, *word.span()) for word in _words(text).finditer(text) if (token := _token(word[0]))]
 
 
-def highlights(text: str, query: str) -> list[tuple[int, int]]:
-    """Places in `text` of the words that `query` asks for.
+def highlights(text: str, wanted: Set[str]) -> list[tuple[int, int]]:
+    """Places in `text` of the words whose tokens are wanted.
 
-    >>> highlights("Small effusions, left effusion.", "effusion")
+    >>> highlights("Small effusions, left effusion.", {"effus"})
     [(6, 15), (22, 30)]
     """
-    wanted = set(tokens(query))
-    return [(start, end) for token, start, end in spans(text) if token in wanted] if wanted else []
+    return [word.span() for word in _words(text).finditer(text) if _token(word[0]) in wanted] if wanted else []
 
 
 def _words(text: str) -> re.Pattern[str]:

@@ -49,7 +49,7 @@ def counts(values: Sequence[Any]) -> list[dict[str, Any]]:
 
 def highlights(query: Query, document: Document) -> dict[str, list[list[int]]]:
     """Field -> [start, end] of the words that the query asked for."""
-    wanted = " ".join(part.text for part in query.parts if part.text and part.weight > 0)
+    wanted = {token for part in query.parts if part.weight > 0 for token in analysis.tokens(part.text)}
     fields = {"title": document.title, "text": document.text}
     found = {name: analysis.highlights(text, wanted) for name, text in fields.items() if text}
     return {name: [list(span) for span in spans] for name, spans in found.items() if spans}
