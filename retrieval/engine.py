@@ -397,6 +397,7 @@ class Engine:
         with timed("fetch"):
             page, offset = self._page(hits, plan)
             documents = snapshot.fetch([hit.id for _, hit in page])
+        gone = documents.count(None)  # removed since they were ranked, and erased
         more = bool(hits) and hits[-1][0] > offset
         here = Cursor(snapshot.generation, snapshot.sequence, self._learned, plan.fingerprint, offset)
         return {
@@ -406,7 +407,7 @@ class Engine:
                 if document is not None
             ],
             "facets": {path: counts(snapshot.values(path, [hit.id for _, hit in hits])) for path in request.facets},
-            "total": {"value": len(hits), "relation": "gte" if len(ranking) >= DEPTH else "eq"},
+            "total": {"value": len(hits) - gone, "relation": "gte" if len(ranking) >= DEPTH else "eq"},
             "exact": ranking.exact,
             "recall": round(ranking.recall, 4),
             "generation": snapshot.generation,

@@ -165,6 +165,18 @@ def test_deleted_documents_vanish_from_later_pages_and_the_rest_keep_their_order
     assert pages == long[:k] + [id for id in long[k:] if id not in removed]
 
 
+def test_a_document_that_is_erased_while_it_is_found_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    e = engine()
+    fetch = MemoryIndex.fetch
+
+    def erased(index: MemoryIndex, ids: list[str]) -> list[Document | None]:
+        return [None if document and document.id == "b" else document for document in fetch(index, ids)]
+
+    monkeypatch.setattr(MemoryIndex, "fetch", erased)
+    answer = e.search(ask(retriever="lexical"))
+    assert (sorted(ids(answer)), answer["total"]) == (["a", "c"], {"value": 2, "relation": "eq"})
+
+
 def test_later_pages_are_ranked_and_judged_as_the_first_was() -> None:
     e = engine([Document(id=f"{n:02}", text=shuffled(n)) for n in range(40)])
     request = ask(" ".join(shuffled(3).split()[:8]), k=40)

@@ -125,7 +125,7 @@ class Worker(threading.Thread):
         if found != self.present:
             self.fault = f"expected {sorted(self.present.items())}, found {sorted(found.items())}"
         if answer["exact"] is not True or len(answer["hits"]) != answer["total"]["value"]:
-            self.fault = f"not all hits: {answer['total']}"
+            self.fault = f"{len(answer['hits'])} hits of {answer['total']}, exact: {answer['exact']}"
         self.answers += 1
 
 
