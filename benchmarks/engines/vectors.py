@@ -238,8 +238,12 @@ class Chroma(Engine):
         self.ef: int | None = None
 
     def search(self, queries: Array, setting: int | None, window: Array | None) -> Any:
-        if setting != self.ef:
+        if setting != self.ef:  # read when a collection is opened
+            from chromadb.api.shared_system_client import SharedSystemClient
+
             self.made.modify(configuration={"hnsw": {"ef_search": setting}})
+            SharedSystemClient.clear_system_cache()
+            self.made = self._client().get_collection("vectors", embedding_function=None)
             self.ef = setting
         low, high = (0.0, 0.0) if window is None else map(float, window)
         between = {"$and": [{"price": {"$gte": low}}, {"price": {"$lt": high}}]}
