@@ -11,7 +11,8 @@ searched in another, one query at a time on one thread, then in batches of 64 on
 cheapest setting that finds 99 % of the true ten best, or its best one; a setting is asked for a minute at most. The
 filter keeps a hundredth of the vectors, another hundredth for each query. Ours are whole collections: store, metadata
 and filters with them. The machine was shared: compare processor time (all threads of the engine, median of the
-queries), not p50 and p99, which hold the waiting for a core as well.
+queries), not p50 and p99, which hold the waiting for a core as well. Chroma has to be opened anew for every setting
+and keeps what it held before: its memory is that of a run with one setting.
 """
 
 from __future__ import annotations
