@@ -11,8 +11,7 @@ searched in another, one query at a time on one thread, then in batches of 64 on
 cheapest setting that finds 99 % of the true ten best, or its best one; a setting is asked for a minute at most. The
 filter keeps a hundredth of the vectors, another hundredth for each query. Ours are whole collections: store, metadata
 and filters with them. The machine was shared: compare processor time (all threads of the engine, median of the
-queries), not p50 and p99, which hold the waiting for a core as well. Chroma has to be opened anew for every setting
-and keeps what it held before: its memory is that of a run with one setting.
+queries), not p50 and p99, which hold the waiting for a core as well.
 """
 
 from __future__ import annotations
@@ -154,8 +153,8 @@ def _inside() -> dict[str, Any]:
 def _recall(folder: Path, found: list[list[int]], least: NDArray[np.float32]) -> float:
     """Share of the k best that were found; whatever scores as well as the k-th counts."""
     vectors, queries = np.load(folder / "vectors.npy", mmap_mode="r"), np.load(folder / "queries.npy")
-    reached = 0
-    for query, numbers, score in zip(queries, found, least, strict=False):  # a slow engine is not asked all
+    reached, asked = 0, len(found)  # a slow engine is not asked all
+    for query, numbers, score in zip(queries[:asked], found, least[:asked], strict=True):
         known = [number for number in numbers if number >= 0]
         reached += int((vectors[known] @ query >= score - 1e-5).sum())
     return reached / (K * len(found))

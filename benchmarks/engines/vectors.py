@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -234,16 +234,20 @@ class Chroma(Engine):
             made.add([str(i) for i in some], vectors[at : at + 5_000], [{"price": float(price[i])} for i in some])
 
     def open(self, data: Path) -> None:
-        self.made = self._client().get_collection("vectors", embedding_function=None)
+        self._open()
         self.ef: int | None = None
+
+    def _open(self) -> None:
+        self.made = self._client().get_collection("vectors", embedding_function=None)
 
     def search(self, queries: Array, setting: int | None, window: Array | None) -> Any:
         if setting != self.ef:  # read when a collection is opened
             from chromadb.api.shared_system_client import SharedSystemClient
 
             self.made.modify(configuration={"hnsw": {"ef_search": setting}})
+            self.made._client._system.stop()  # or it keeps a graph for every setting
             SharedSystemClient.clear_system_cache()
-            self.made = self._client().get_collection("vectors", embedding_function=None)
+            self._open()
             self.ef = setting
         low, high = (0.0, 0.0) if window is None else map(float, window)
         between = {"$and": [{"price": {"$gte": low}}, {"price": {"$lt": high}}]}
@@ -329,16 +333,20 @@ def _one(engine: Engine, setting: int | None, queries: Array, windows: Array | N
     return engine.search(queries[number : number + 1], setting, None if windows is None else windows[number])
 
 
-def _timed(search: Callable[[int], Any], count: int) -> dict[str, Any]:
-    until = time.perf_counter() + LONGEST / 4
-    for i in range(20):
-        if time.perf_counter() < until:
-            search(i)
-    taken: list[float] = []
-    spent, found = [], []
+def _within(count: int, seconds: float) -> Iterator[int]:
+    """0 to `count` - 1, as far as the time goes."""
+    until = time.perf_counter() + seconds
     for i in range(count):
-        if sum(taken) > LONGEST:
-            break
+        if time.perf_counter() > until:
+            return
+        yield i
+
+
+def _timed(search: Callable[[int], Any], count: int) -> dict[str, Any]:
+    for i in _within(20, LONGEST / 4):
+        search(i)
+    taken, spent, found = [], [], []
+    for i in _within(count, LONGEST):
         start, busy = time.perf_counter(), time.process_time()
         numbers = search(i)
         spent.append(time.process_time() - busy)
