@@ -14,6 +14,7 @@ import dataclasses
 import math
 import os
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,11 @@ from torch.nn import functional
 from encoders.contrastive import distribution, info_nce, soft_nce, softened, symmetric
 from encoders.lesson import Lesson, augmented, lesson, one_sentence_each
 from encoders.packed import unpack
-from encoders.recipe import Recipe, Tower, read
-from encoders.saving import halved, save, write_json
+from encoders.recipe import Recipe, Tower
+from encoders.saving import halved, save
 from encoders.start import start
 from encoders.studies import data_digest, read_studies
-from encoders.text import PACKAGED, text_encoder
+from encoders.text import text_encoder
 from encoders.train import place
 from retrieval.errors import BackendError, InputError
 from retrieval.types import Encoder, Linker, Progress
@@ -38,23 +39,10 @@ from retrieval.types import Encoder, Linker, Progress
 ALIKE = 0.05  # temperature of the likeness of reports, where targets are soft
 
 
-def film_course(
-    recipe: Path, cache: Path, progress: Progress, text: Encoder | None = None, linker: Linker | None = None
-) -> FilmCourse:
-    """The course of a film recipe.
-
-    text: the frozen text encoder, None for the packaged one. linker: reads the recipe's findings in the reports.
-    Where the collection is missing but `NAME.lesson` lies in its place, that is learned from: see `encoders.packed`.
-    """
-    plan = read(recipe)
-    taught, digests = learned_from(plan, cache, progress, text, linker)
-    return FilmCourse(plan, taught, {"recipe": plan.digest} | digests)
-
-
 def learned_from(
     plan: Recipe, cache: Path, progress: Progress, text: Encoder | None = None, linker: Linker | None = None
 ) -> tuple[Lesson, dict[str, str]]:
-    """What a recipe's tower learns from, and the digests of its data and text encoder: see `film_course`."""
+    """What a recipe's tower learns from, and the digests of its data and text encoder."""
     packed = source(f"{plan.data.source}.lesson")
     if packed.exists() and not source(plan.data.source).exists():
         return unpack(packed, plan)
@@ -70,11 +58,13 @@ def source(name: str) -> Path:
 
 
 class FilmCourse:
-    """Implements `encoders.train.Course`."""
+    """One member of a film tower. Implements `encoders.train.Course`."""
 
-    def __init__(self, plan: Recipe, lesson: Lesson, digests: dict[str, str]) -> None:
-        self.plan, self.lesson, self.digests, self.pace = plan, lesson, digests, plan.schedule
-        torch.manual_seed(plan.schedule.seed)
+    def __init__(self, plan: Recipe, lesson: Lesson, digests: dict[str, str], member: int = 0) -> None:
+        seed = plan.schedule.seed * plan.tower.members + member
+        self.plan, self.lesson = plan, lesson
+        self.digests, self.pace = digests, replace(plan.schedule, seed=seed)
+        torch.manual_seed(seed)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.texts = lesson.texts.to(self.device)
         self.films = torch.from_numpy(lesson.films).to(self.device)  # on a CPU still mapped, not read
@@ -155,19 +145,7 @@ class FilmCourse:
         return (soft_nce(scores, softened(alike, near, share)) + back) / 2
 
     def release(self, folder: Path) -> dict[str, Any]:
-        tower = self.plan.tower
-        config = {
-            "tower": f"timm/{tower.name}",
-            "size": tower.size,
-            "channels": 1,
-            "mean": [tower.mean],
-            "std": [tower.std],
-            "dim": self.texts.reports.shape[1],
-            "text_encoder": PACKAGED,
-            "text_digest": self.digests["text"],
-        }
         save(folder / "model.safetensors", halved(self.tower.state_dict()), {"format": "pt"})
-        write_json(folder / "config.json", config)
         names = (topic.name for topic in self.plan.findings)
         return {
             "recipe": dataclasses.asdict(self.plan),
@@ -237,8 +215,8 @@ def _sharing(tower: nn.Module) -> nn.Module:
     return twin
 
 
-def build(plan: Tower, dim: int) -> nn.Module:
-    """A timm tower that reads one grey channel and gives `dim` numbers: untrained, or as `encoders.start` has it."""
+def build(plan: Tower, dim: int, started: bool = True) -> nn.Module:
+    """A timm tower that reads one grey channel and gives `dim` numbers: as `encoders.start` has it, or untrained."""
     import timm
 
     extra: dict[str, Any] = {"drop_path_rate": plan.skipped} if plan.skipped else {}  # not every model knows it
@@ -249,7 +227,7 @@ def build(plan: Tower, dim: int) -> nn.Module:
     except RuntimeError as error:
         message = f"timm knows no model {plan.name!r}; `timm.list_models()` lists what it knows"
         raise InputError(message, "tower.name") from error
-    if plan.start:
+    if plan.start and started:
         start(tower, plan.start)
     return tower.to(memory_format=torch.channels_last)
 

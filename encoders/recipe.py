@@ -35,6 +35,7 @@ class Tower:
     dropout: float = 0.0
     skipped: float = 0.0  # share of the residual blocks that a film passes by (stochastic depth), at the last block
     start: str = ""  # a package that ships the tower's ImageNet weights; empty: the tower starts untrained
+    members: int = 1  # towers that are trained, each from a seed of its own; a film's vector is the mean of theirs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,6 +92,14 @@ class Loss:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Turn:
+    """How the trained vectors are turned towards the findings: see `encoders.joined`."""
+
+    share: float = 0.0  # of the findings beside what the members give; 0 leaves it as it is
+    shrink: float = 1.0  # how much of a sphere the films' covariance is made
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Topic:
     """A finding: the phrases that ask for it, and the linker's concepts of which a report that has it names one."""
 
@@ -116,6 +125,7 @@ class Recipe(Digested):
     schedule: Schedule
     augment: Augment = field(default_factory=Augment)
     loss: Loss = field(default_factory=Loss)
+    turn: Turn = field(default_factory=Turn)
     findings: tuple[Topic, ...] = ()
     templates: tuple[str, ...] = ("{}",)  # how a phrase may be put; {} is the phrase
     kind: str = "film"
@@ -140,7 +150,7 @@ _RANGES: Mapping[str, tuple[float, float]] = {
     **PACE.ranges,
     "data.lateral": (0, 0.9), "data.balance": (0, 1),
     "tower.size": (32, 512), "tower.mean": (0, 1), "tower.std": (0.01, 1), "tower.dropout": (0, 0.9),
-    "tower.skipped": (0, 0.9),
+    "tower.skipped": (0, 0.9), "tower.members": (1, 16),
     "schedule.shards": (1, 64),
     "schedule.size_from": (0, 512), "schedule.size_grown": (0, 1),
     "augment.zoom_low": (0.3, 1.5), "augment.zoom_high": (0.3, 1.5), "augment.shift": (0, 0.5),
@@ -148,6 +158,7 @@ _RANGES: Mapping[str, tuple[float, float]] = {
     "augment.cover": (0, 0.9), "augment.mix": (0, 10),
     "loss.reports": (0, 100), "loss.sentences": (0, 100), "loss.findings": (0, 100), "loss.denial": (0, 1),
     "loss.temperature": (0.01, 1), "loss.rarity": (0, 1), "loss.soft": (0, 0.9),
+    "turn.share": (0, 10), "turn.shrink": (1e-3, 1e3),
 }  # fmt: skip
 _CHOICES: Mapping[str, tuple[str, ...]] = {**PACE.choices, "data.part": ("train", "all"), "kind": ("film",)}
 

@@ -32,13 +32,19 @@ def load_trained(files: Mapping[str, Path], config: Mapping[str, Any], name: str
     import timm
     from safetensors.torch import load_file
 
+    from encoders.joined import Joined
+
     with loading(name, "trained tower"):
-        tower: Any = timm.create_model(
-            str(config["tower"]).removeprefix("timm/"),
-            pretrained=False,
-            in_chans=int(config["channels"]),
-            num_classes=int(config["dim"]),
-        )
+        members = [
+            timm.create_model(
+                str(config["tower"]).removeprefix("timm/"),
+                pretrained=False,
+                in_chans=int(config["channels"]),
+                num_classes=int(config["dim"]),
+            )
+            for _ in range(int(config["members"]))
+        ]
+        tower = Joined(members, int(config["dim"]))
         tower.load_state_dict(load_file(str(files["model.safetensors"])), strict=True)
     size = [int(config["size"])] * 2
     how = {"size": size, "scale": size, "mode": "squash", "filter": "bilinear", "fill": 0}

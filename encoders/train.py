@@ -92,16 +92,14 @@ def train(
     kind = kind_of(recipe)
     folder, cache = folder_made(out or Path("runs") / recipe.stem), Path("runs") / "cache"
     with _processes():
-        return _Run(_course(kind, recipe, cache, progress, text, linker), folder, progress).to_the_end()
+        if kind == "film":
+            from encoders.joined import train_members
+
+            return train_members(recipe, folder, cache, progress, text, linker)
+        return Run(_course(kind, recipe, cache, progress), folder, progress).to_the_end()
 
 
-def _course(
-    kind: str, recipe: Path, cache: Path, progress: Progress, text: Encoder | None, linker: Linker | None
-) -> Course:
-    if kind == "film":
-        from encoders.film import film_course
-
-        return film_course(recipe, cache, progress, text, linker)
+def _course(kind: str, recipe: Path, cache: Path, progress: Progress) -> Course:
     if kind == "text":
         from encoders.text_course import text_course
 
@@ -121,7 +119,7 @@ def _course(
     raise InputError(f"kind is {kind!r}; it must be one of film, text, cross, cut, unime", "kind")
 
 
-class _Run:
+class Run:
     """One run of a course: what learns, its optimiser and where they stand."""
 
     def __init__(self, course: Course, folder: Path, progress: Progress) -> None:
@@ -136,7 +134,7 @@ class _Run:
         self.rank = distributed.get_rank() if distributed.is_initialized() else 0
 
     def to_the_end(self) -> Path:
-        if self._done():
+        if done(self.folder, self.key):
             return self.folder
         self._resume()
         for epoch in range(len(self.history), self.epochs):
@@ -149,14 +147,6 @@ class _Run:
         if self.rank == 0:
             self._release()
         return self.folder
-
-    def _done(self) -> bool:
-        """Whether the folder holds the end of this very run."""
-        try:
-            lineage = json.loads((self.folder / "lineage.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return False
-        return isinstance(lineage, dict) and lineage.get("key") == self.key
 
     def _epoch(self, epoch: int) -> dict[str, float]:
         torch.manual_seed(self.pace.seed * 100_003 + epoch)  # an epoch draws the same wherever it begins
@@ -233,8 +223,7 @@ class _Run:
 
     @property
     def key(self) -> str:
-        """Digest of recipe, data and base: what one run may not change on its way."""
-        return hashlib.sha256(" ".join(self.course.digests.values()).encode()).hexdigest()
+        return key_of(self.course.digests)
 
     def _checkpoint(self) -> None:
         tensors = {f"module.{name}": value for name, value in self.course.module.state_dict().items()}
@@ -296,6 +285,20 @@ class _Run:
             "seconds": round(sum(epoch["seconds"] for epoch in self.history)),
             **({"best_epoch": int(np.argmax(figures)) + 1} if figures else {}),
         }
+
+
+def key_of(digests: Mapping[str, str]) -> str:
+    """Digest of recipe, data and base: what one run may not change on its way."""
+    return hashlib.sha256(" ".join(digests.values()).encode()).hexdigest()
+
+
+def done(folder: Path, key: str) -> bool:
+    """Whether the folder holds the end of this very run."""
+    try:
+        lineage = json.loads((folder / "lineage.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(lineage, dict) and lineage.get("key") == key
 
 
 class Average:

@@ -65,14 +65,17 @@ def saved_film(folder: Path) -> Path:
     import torch
     from safetensors.torch import save_file
 
+    from encoders.joined import Joined
+
     torch.manual_seed(0)
-    tower = timm.create_model("test_resnet", pretrained=False, in_chans=1, num_classes=384)
+    tower = Joined([timm.create_model("test_resnet", pretrained=False, in_chans=1, num_classes=384)], 384)
     save_file(
         {name: value.half() if value.is_floating_point() else value for name, value in tower.state_dict().items()},
         folder / "model.safetensors",
     )
     config = {
         "tower": "timm/test_resnet",
+        "members": 1,
         "size": 64,
         "channels": 1,
         "mean": [0.5],
@@ -142,7 +145,9 @@ def test_the_vectors_are_the_towers(film: Path, minilm: Text, cache: Path) -> No
     import torch
     from safetensors.torch import load_file
 
-    tower = timm.create_model("test_resnet", pretrained=False, in_chans=1, num_classes=384).eval()
+    from encoders.joined import Joined
+
+    tower = Joined([timm.create_model("test_resnet", pretrained=False, in_chans=1, num_classes=384)], 384).eval()
     tower.load_state_dict(load_file(str(film / "model.safetensors")))
     squeezed = [Image.open(io.BytesIO(p)).convert("L").resize((64, 64), Image.Resampling.BILINEAR) for p in PICTURES]
     batch = torch.from_numpy(np.stack([np.asarray(s, np.float32) for s in squeezed]))[:, None] / 255

@@ -19,9 +19,10 @@ from torch import nn
 from encoders import film
 from encoders import train as training
 from encoders.film import Shards, build, decided, learned_from
-from encoders.lesson import augmented
+from encoders.joined import Joined, turn
+from encoders.lesson import Lesson, Texts, augmented
 from encoders.packed import pack
-from encoders.recipe import Augment, Pace, Recipe, Tower, read
+from encoders.recipe import Augment, Pace, Recipe, Tower, Turn, read
 from encoders.studies import is_held_out, read_studies, said
 from retrieval.errors import BackendError, InputError
 from retrieval.types import Assertion, Finding, Progress
@@ -51,6 +52,10 @@ concepts = ["square"]
 name = "line"
 phrases = ["line"]
 concepts = ["line", "stripe"]
+"""
+_TURN = """
+[turn]
+share = 0.5
 """
 
 
@@ -104,10 +109,11 @@ def test_a_recipe_makes_weights_a_config_and_a_lineage(place: Path) -> None:
     assert config["text_digest"] == "hashing-text"
     weights = load_file(folder / "model.safetensors")
     assert {v.dtype for v in weights.values() if v.is_floating_point()} == {torch.float16}
-    build(Tower(name="test_resnet", size=48), 24).load_state_dict(weights)
+    Joined([build(Tower(name="test_resnet", size=48), 24)], 24).load_state_dict(weights)
     lineage = json.loads((folder / "lineage.json").read_text())
-    assert lineage["recipe"]["schedule"]["seed"] == lineage["seed"] == 3
-    assert [epoch["size"] for epoch in lineage["epochs"]] == [32, 32, 48]
+    (member,) = lineage["members"]
+    assert lineage["recipe"]["schedule"]["seed"] == member["seed"] == 3
+    assert [epoch["size"] for epoch in member["epochs"]] == [32, 32, 48]
     assert lineage["affirmed"]["square"] == len([s for s in range(0, 20, 2) if not is_held_out(f"S{s}")])
     assert len(lineage["data_digest"]) == 64
 
@@ -143,6 +149,64 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(place: Path) -> None:
         assert torch.equal(value, whole[name]), name
 
 
+def test_members_differ_by_seed_and_go_on_where_they_were_stopped(place: Path) -> None:
+    (place / "recipe.toml").write_text(_RECIPE.replace("size = 48", "size = 48\nmembers = 2", 1) + _TURN)
+    whole = load_file(train(place / "recipe.toml", place / "whole", _quiet) / "model.safetensors")
+    seeds = [member["seed"] for member in json.loads((place / "whole" / "lineage.json").read_text())["members"]]
+    assert seeds == [6, 7]
+    towers = [{n[9:]: v for n, v in whole.items() if n.startswith(f"towers.{m}.")} for m in (0, 1)]
+    assert not torch.equal(towers[0]["fc.weight"], towers[1]["fc.weight"])
+    assert not torch.equal(whole["turn.weight"], torch.eye(24).half())
+
+    def stop(phase: str, done: int, total: int | None) -> None:
+        if phase.startswith("member 2 of 2, epoch 2"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(place / "recipe.toml", place / "halted", stop)
+    assert not (place / "halted" / "model.safetensors").exists()
+    phases: list[str] = []
+    train(place / "recipe.toml", place / "halted", lambda phase, done, total: phases.append(phase))
+    assert {p for p in phases if "epoch" in p} == {f"member 2 of 2, epoch {n} of 3" for n in (2, 3)}
+    for name, value in load_file(place / "halted" / "model.safetensors").items():
+        assert torch.equal(value, whole[name]), name
+
+
+def test_a_tower_gives_the_mean_of_its_members_turned() -> None:
+    torch.manual_seed(0)
+    towers = [nn.Sequential(nn.Flatten(), nn.Linear(9, 4)) for _ in range(3)]
+    joined, films = Joined(towers, 4), torch.randn(5, 1, 3, 3)
+    units = [nn.functional.normalize(tower(films), dim=1) for tower in towers]
+    mean = nn.functional.normalize(units[0] + units[1] + units[2], dim=1)
+    torch.testing.assert_close(joined(films), mean @ joined.turn.weight.T)
+
+
+def test_films_turn_towards_texts_that_speak_of_their_findings() -> None:
+    """Films know two findings faintly, beside much that is their own; texts lie along directions of their own."""
+    draw = torch.Generator().manual_seed(0)
+    states = (torch.rand(200, 2, generator=draw) < 0.3).to(torch.int8)
+    told = torch.nn.functional.normalize(torch.randn(3, 12, generator=draw), dim=1)  # of normal, first, second finding
+    spoken = torch.cat([(states.sum(1, keepdim=True) == 0).float(), states.float()], 1) @ told
+    reports = nn.functional.normalize(spoken + 0.05 * torch.randn(200, 12, generator=draw), dim=1)
+    faint = torch.randn(2, 12, generator=draw)
+    films = nn.functional.normalize(0.3 * states.float() @ faint + torch.randn(200, 12, generator=draw), dim=1)
+    phrases = [told[1:2], told[2:3]]
+    number, none = np.arange(200), np.zeros(0, bool)
+    texts = Texts(reports, torch.from_numpy(number), torch.zeros(0, 12), [], none, phrases, states)
+    lesson = Lesson(np.zeros((200, 1, 1), np.uint8), number, np.full(200, 1 / 200), np.ones(200, bool), texts)
+
+    def told_apart(vectors: torch.Tensor) -> list[float]:
+        scores = [nn.functional.normalize(vectors, dim=1) @ phrase[0] for phrase in phrases]
+        return [float(s[states[:, f] == 1].mean() - s[states[:, f] == 0].mean()) for f, s in enumerate(scores)]
+
+    assert torch.equal(turn(lesson, films, Turn()), torch.eye(12))
+    turned = films @ turn(lesson, films, Turn(share=1.0)).T
+    for before, after in zip(told_apart(films), told_apart(turned), strict=True):
+        assert after > before + 0.1
+    states[:] = 0  # a finding that nobody has pulls nowhere
+    assert torch.equal(turn(lesson, films, Turn(share=1.0)), torch.eye(12))
+
+
 def _stopped(place: Path) -> Path:
     """A folder with the checkpoint of a run that was stopped in its second epoch."""
 
@@ -164,7 +228,7 @@ def test_a_run_of_another_recipe_is_not_continued(place: Path) -> None:
 
 def test_a_damaged_checkpoint_is_named(place: Path) -> None:
     folder = _stopped(place)
-    (folder / "checkpoint.safetensors").write_bytes(b"not safetensors")
+    (folder / "member-0" / "checkpoint.safetensors").write_bytes(b"not safetensors")
     with pytest.raises(InputError, match="no readable safetensors"):
         train(place / "recipe.toml", folder, _quiet)
 
@@ -196,7 +260,8 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_what_was_saved(
 
 def test_the_loss_falls(place: Path) -> None:
     (place / "recipe.toml").write_text(_RECIPE.replace("epochs = [3]", "epochs = [12, 12]\nrate = 3e-3"))
-    epochs = json.loads((train(place / "recipe.toml", None, _quiet) / "lineage.json").read_text())["epochs"]
+    lineage = json.loads((train(place / "recipe.toml", None, _quiet) / "lineage.json").read_text())
+    epochs = lineage["members"][0]["epochs"]
     assert epochs[-1]["loss"] < epochs[0]["loss"] - 0.3
 
 
@@ -205,6 +270,7 @@ def test_the_loss_falls(place: Path) -> None:
     [
         ("size = 48", "size = 48\nwidth = 3", r"unknown key tower\.width; known here: .*size"),
         ("[data]", "[date]", "unknown key date"),
+        ("size = 48", "size = 48\nmembers = 0", r"tower\.members is 0; it must lie between 1 and 16"),
         ("size = 48", "size = 4", r"tower\.size is 4; it must lie between 32 and 512"),
         ("size = 48", "size = 48.5", r"tower\.size is 48\.5; needed is int"),
         ("epochs = [3]", "epochs = [true]", r"schedule\.epochs\[0\] is True; needed is int"),
@@ -417,7 +483,7 @@ class Falling:
 
 def _run(course: Falling, folder: Path) -> list[dict[str, float]]:
     folder.mkdir()
-    run = training._Run(course, folder, _quiet)
+    run = training.Run(course, folder, _quiet)
     run.to_the_end()
     return run.history
 
