@@ -8,8 +8,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
+from retrieval.errors import Conflict
 from retrieval.files import read_source
 from server.assemble import Config
 from server.home import Home
@@ -46,9 +48,11 @@ def tasks(part: str) -> Path:
 
 
 def indexed(home: Home, name: str, source: Path, *, pictures: bool = True, vector_index: str = "flat") -> None:
-    """Indexes `source` as collection `name`, unless that was done before."""
+    """Indexes `source` as collection `name`, unless that was done before by the same encoders."""
     if name in home.names():
-        return
+        with suppress(Conflict):
+            home.engine(name).snapshot()
+            return
     config = Config(image_encoder=None if pictures else "none", vector_index=vector_index)
     with progress(None) as told:
         home.index(name, read_source(source).documents(), config, progress=told)

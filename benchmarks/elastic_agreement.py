@@ -7,25 +7,22 @@ and vectors that the embedded collection holds (exact kinds, one shard), so that
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.collections import TASKS, data, home, indexed, tasks
-from benchmarks.retrieval import MEASURES, SAME_ID
+from benchmarks.retrieval import LEGS, corpus_of, measured, table
 from indexers.elastic import connect
 from indexers.elastic_build import build_elastic
 from indexers.elastic_index import Place, open_elastic
 from retrieval.engine import Engine
 from retrieval.files import read_source
-from retrieval.types import Document, Prepared, Rejected, Snapshot
-from server.home import Home, silent
-from server.judging import judgments, measure
+from retrieval.types import Document, Prepared, Snapshot
+from server.home import silent
 from tests.elastic_server import Cluster
 
 OUT = Path("docs/bench/agreement.md")
-LEGS = ("lexical", "dense", "image", "ontology", "hybrid")
-FILMS = ("label_images", "image_images", "report_images")
 
 
 class Copied:
@@ -44,64 +41,47 @@ class Copied:
 
 def main() -> None:
     at, rows = home(), []
+    copies: dict[str, Engine] = {}
     cluster = Cluster()
     try:
-        for collection, source, names in work(at):
-            engine = at.engine(collection)
-            other = copied(engine, read_source(source).documents(), cluster.url)
-            for name in names:
-                rows.append(compared(engine, other, source.parent / name if collection != "scifact" else source))
+        with tempfile.TemporaryDirectory() as folder:
+            for source in (data() / "scifact", *(tasks("dev") / task for task in TASKS)):
+                corpus = "scifact" if source.name == "scifact" else corpus_of(source.name)
+                indexed(at, corpus, source, pictures=corpus != "scifact")
+                engine = at.engine(corpus)
+                if corpus not in copies:
+                    place = Place(connect(cluster.url), f"agreement-{corpus}", Path(folder) / corpus)
+                    copies[corpus] = copied(engine, source, place)
+                rows.append(compared(engine, copies[corpus], source))
                 print(rows[-1], flush=True)
                 write(rows)
     finally:
         cluster.stop()
 
 
-def work(at: Home) -> Iterator[tuple[str, Path, Sequence[str]]]:
-    """Collections, a source with their documents, and what is asked of them."""
-    indexed(at, "scifact", data() / "scifact", pictures=False)
-    yield "scifact", data() / "scifact", ("scifact",)
-    reports = [task for task in TASKS if task not in FILMS]
-    for collection, names in (("dev-reports", reports), ("dev-films", FILMS)):
-        source = tasks("dev") / names[0]
-        indexed(at, collection, source)
-        yield collection, source, names
-
-
-def copied(engine: Engine, documents: Iterator[Document | Rejected], url: str) -> Engine:
-    """The same engine over a copy of its collection on the cluster."""
+def copied(engine: Engine, source: Path, place: Place) -> Engine:
+    """The same engine over a copy of its collection on the cluster. source: one that holds its documents."""
     held = engine.snapshot()
-    place = Place(connect(url), f"agreement-{engine.name}", Path(tempfile.mkdtemp()))
     build_elastic(
-        place, documents, Copied(held), config={}, spaces=dict(held.spaces), vector_index="flat",
-        progress=silent,
+        place, read_source(source).documents(), Copied(held), config={}, spaces=dict(held.spaces),
+        vector_index="flat", progress=silent,
     )  # fmt: skip
     return replace(engine, index=open_elastic(place))
 
 
 def compared(engine: Engine, other: Engine, source: Path) -> list[str]:
-    name = MEASURES.get(source.name, "nDCG@10")
-    legs = [leg for leg in LEGS if leg == "hybrid" or leg in engine.legs()]
-    judged = judgments(source)
-    ours, theirs = (
-        measure(e, judged, legs, (name,), drop_identical_ids=source.name in SAME_ID, progress=silent).evaluations
-        for e in (engine, other)
-    )
-    figures = {leg: (ours[leg].means[name], theirs[leg].means[name]) for leg in legs}
+    name, ours = measured(engine, source)
+    _, theirs = measured(other, source)
+    figures = {leg: (e.means[name], theirs.evaluations[leg].means[name]) for leg, e in ours.evaluations.items()}
     cells = [f"{figures[leg][0]:.4f} / {figures[leg][1]:.4f}" if leg in figures else "" for leg in LEGS]
-    return [
-        f"{source.name} ({len(judged.qrels)})",
-        name,
-        *cells,
-        f"{max(abs(a - b) for a, b in figures.values()):.4f}",
-    ]
+    largest = max(abs(a - b) for a, b in figures.values())
+    return [f"{source.name} ({len(ours.judgments.qrels)})", name, *cells, f"{largest:.4f}"]
 
 
 def write(rows: Sequence[Sequence[str]]) -> None:
-    head = ["collection or task (queries)", "measure", *LEGS, "largest difference"]
-    lines = [head, ["---"] * len(head), *rows]
-    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    OUT.write_text(f"# Two backends, the same figures\n\n{(__doc__ or '').strip()}\nEmbedded / cluster.\n\n{table}\n")
+    lines = table(["collection or task (queries)", "measure", *LEGS, "largest difference"], rows)
+    about = ["# Two backends, the same figures", "", (__doc__ or "").strip(), "Embedded / cluster.", ""]
+    OUT.write_text("\n".join([*about, *lines, ""]))
 
 
 if __name__ == "__main__":

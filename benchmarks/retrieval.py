@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.collections import CLASSICS, TASKS, data, home, indexed, tasks
+from retrieval.engine import Engine
 from retrieval.tune import learn_weights
 from server.home import Home, silent
 from server.judging import Measured, candidates, judgments, measure
@@ -44,7 +45,7 @@ def _texts(at: Home, results: dict[str, object]) -> list[str]:
             row.append(_cell(tuned, "hybrid", "nDCG@10"))
         rows.append([f"{name} ({len(found.judgments.qrels)})", *row])
         print(rows[-1], flush=True)
-    return _table(["collection (queries)", "lexical", "dense", "ontology", "hybrid", "hybrid, tuned on train"], rows)
+    return table(["collection (queries)", "lexical", "dense", "ontology", "hybrid", "hybrid, tuned on train"], rows)
 
 
 def _tuned(at: Home) -> Measured:
@@ -62,15 +63,25 @@ def _films(at: Home, results: dict[str, object]) -> list[str]:
     rows = []
     for task in TASKS:
         source = tasks("dev") / task
-        corpus = "dev-films" if task in ("label_images", "image_images", "report_images") else "dev-reports"
-        indexed(at, corpus, source)
-        name = MEASURES.get(task, "nDCG@10")
-        judged = judgments(source)
-        found = measure(at.engine(corpus), judged, LEGS, (name,), drop_identical_ids=task in SAME_ID, progress=silent)
+        indexed(at, corpus_of(task), source)
+        name, found = measured(at.engine(corpus_of(task)), source)
         results[task] = found.json()
-        rows.append([f"{task} ({len(judged.qrels)})", name, *(_cell(found, leg, name) for leg in LEGS)])
+        rows.append([f"{task} ({len(found.judgments.qrels)})", name, *(_cell(found, leg, name) for leg in LEGS)])
         print(rows[-1], flush=True)
-    return _table(["task (queries)", "measure", *LEGS], rows)
+    return table(["task (queries)", "measure", *LEGS], rows)
+
+
+def corpus_of(task: str) -> str:
+    """The collection that answers a radiograph task."""
+    return "dev-films" if task in ("label_images", "image_images", "report_images") else "dev-reports"
+
+
+def measured(engine: Engine, source: Path) -> tuple[str, Measured]:
+    """A source's own measure, and every leg of the collection by it."""
+    name = MEASURES.get(source.name, "nDCG@10")
+    legs = [leg for leg in LEGS if leg == "hybrid" or leg in engine.legs()]
+    same = source.name in SAME_ID
+    return name, measure(engine, judgments(source), legs, (name,), drop_identical_ids=same, progress=silent)
 
 
 def _cell(found: Measured, leg: str, name: str) -> str:
@@ -79,7 +90,8 @@ def _cell(found: Measured, leg: str, name: str) -> str:
     return f"{e.means[name]:.3f} [{low:.3f}, {high:.3f}]"
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of Markdown; short rows are filled up."""
     width = len(head)
     lines = [[*row, *[""] * (width - len(row))] for row in rows]
     return ["| " + " | ".join(line) + " |" for line in (head, ["---"] * width, *lines)]
