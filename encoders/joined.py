@@ -3,10 +3,10 @@
 Members differ in their seed alone. Few reports teach them, so each errs in its own way, and the mean of their vectors
 is better than any (deep ensembles, https://arxiv.org/abs/1612.01474).
 
-What single films and reports have of their own drowns what whole groups of them share. So the mean is turned: for each
-finding the direction that tells films with it from films without it best is known (Fisher's linear discriminant,
-shrunk), a linear map says which of these a text speaks of, and its transpose brings the films nearer to such texts.
-It costs one matrix product a film.
+A tower that knows its reports by heart gives much weight to what single films have of their own, and little to what
+many share. The turn mends that: Fisher's linear discriminant, shrunk, gives each finding the direction that tells
+films with it from films without it; a linear map says which of these directions a text speaks of; its transpose, added
+to the film's own vector, brings films nearer to the texts that speak of what they show.
 
 Shapes: B films of a batch, N films, S studies, F findings, P phrases, D dimensions of the text encoder.
 """
@@ -28,7 +28,7 @@ from encoders.lesson import Lesson, Texts
 from encoders.recipe import Recipe, Turn, read
 from encoders.saving import folder_made, halved, load, read_json, save, write_json
 from encoders.text import PACKAGED
-from encoders.train import Run, done, key_of
+from encoders.train import Run, done, draw_curve, key_of
 from retrieval.types import Encoder, Linker, Progress
 
 AT_ONCE = 64  # films
@@ -70,7 +70,7 @@ def train_members(
         told = progress if len(parts) == 1 else _of_member(progress, f"member {number + 1} of {len(parts)}, ")
         Run(FilmCourse(plan, lesson, digests, number), part, told).to_the_end()
     if not distributed.is_initialized() or distributed.get_rank() == 0:
-        join(plan, lesson, digests["text"], parts, folder)
+        join(plan, lesson, digests["text"], parts, folder, progress)
     return folder
 
 
@@ -81,7 +81,7 @@ def _of_member(progress: Progress, who: str) -> Progress:
     return told
 
 
-def join(plan: Recipe, lesson: Lesson, text: str, parts: Sequence[Path], folder: Path) -> None:
+def join(plan: Recipe, lesson: Lesson, text: str, parts: Sequence[Path], folder: Path, progress: Progress) -> None:
     """Write the release of trained members to `folder`, and remove theirs. text: digest of the text encoder."""
     dim = lesson.texts.reports.shape[1]
     towers = []
@@ -91,15 +91,15 @@ def join(plan: Recipe, lesson: Lesson, text: str, parts: Sequence[Path], folder:
         towers.append(tower)
     joined = Joined(towers, dim).eval()
     with torch.no_grad():
-        joined.turn.weight.copy_(turn(lesson, vectors(joined, lesson, plan), plan.turn))
+        joined.turn.weight.copy_(turn(lesson, vectors(joined, lesson, plan, progress), plan.turn))
     save(folder / "model.safetensors", halved(joined.state_dict()), {"format": "pt"})
     write_json(folder / "config.json", _config(plan, dim, text))
     lineages = [read_json(part / "lineage.json") for part in parts]
     apart = ("seed", "seconds", "temperatures", "epochs")
     whole = {name: value for name, value in lineages[0].items() if name not in apart}
     told = [{name: lineage[name] for name in apart} for lineage in lineages]
+    draw_curve(folder / "curve.png", told[0]["epochs"])
     write_json(folder / "lineage.json", whole | {"members": told})
-    (parts[0] / "curve.png").replace(folder / "curve.png")
     for part in parts:
         shutil.rmtree(part)
 
@@ -120,13 +120,14 @@ def _config(plan: Recipe, dim: int, text: str) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def vectors(joined: Joined, lesson: Lesson, plan: Recipe) -> Tensor:
+def vectors(joined: Joined, lesson: Lesson, plan: Recipe, progress: Progress) -> Tensor:
     """(N, D) of the lesson's frontal films as they are, the members' mean."""
     films, size, out = lesson.films[lesson.frontal], (plan.tower.size, plan.tower.size), []
     for first in range(0, len(films), AT_ONCE):
         batch = torch.from_numpy(np.ascontiguousarray(films[first : first + AT_ONCE]))[:, None].float() / 255
         batch = functional.interpolate(batch, size, mode="bilinear", antialias=True)
         out.append(joined.mean((batch - plan.tower.mean) / plan.tower.std))
+        progress("turning towards the findings", first + len(batch), len(films))
     return torch.cat(out)
 
 
@@ -173,5 +174,5 @@ def _spoken_of(texts: Texts, directions: Tensor) -> Tensor:
     owner = torch.cat([torch.full((len(phrases),), number) for number, phrases in enumerate(texts.phrases)])
     goal = torch.cat([functional.normalize(told, dim=1), directions[owner]])  # (S + P, D)
     said = torch.cat([texts.reports, *texts.phrases])  # (S + P, D)
-    map_: Tensor = torch.linalg.solve(said.T @ said + torch.eye(said.shape[1]), said.T @ goal)
-    return map_ / (said @ map_).square().sum(1).mean().sqrt().clamp(min=1e-6)
+    spoken: Tensor = torch.linalg.solve(said.T @ said + torch.eye(said.shape[1]), said.T @ goal)
+    return spoken / (said @ spoken).square().sum(1).mean().sqrt().clamp(min=1e-6)
