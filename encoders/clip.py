@@ -220,9 +220,8 @@ def _trained(folder: Path, name: str) -> _Model:
         kind = BackendError if folder == WEIGHTS / SHIPPED else InputError
         raise kind(f"{name!r} is not whole: expected config.json and model.safetensors; install or train it again")
     config = configuration(files["config.json"], name)
-    missing = {"tower", "members", "size", "channels", "mean", "std", "dim", "text_encoder", "text_digest"} - set(
-        config
-    )
+    needed = {"tower", "members", "size", "channels", "mean", "std", "dim", "text_encoder", "text_digest"}
+    missing = needed - set(config)
     if missing or not str(config["tower"]).startswith("timm/"):
         raise InputError(
             f"{name!r}: config.json lacks {sorted(missing)} or names a tower that is not timm's: train it again"

@@ -60,7 +60,7 @@ def source(name: str) -> Path:
 class FilmCourse:
     """One member of a film tower. Implements `encoders.train.Course`."""
 
-    def __init__(self, plan: Recipe, lesson: Lesson, digests: dict[str, str], member: int = 0) -> None:
+    def __init__(self, plan: Recipe, lesson: Lesson, digests: dict[str, str], member: int) -> None:
         seed = plan.schedule.seed * plan.tower.members + member
         self.plan, self.lesson = plan, lesson
         self.digests, self.pace = digests, replace(plan.schedule, seed=seed)
@@ -215,8 +215,8 @@ def _sharing(tower: nn.Module) -> nn.Module:
     return twin
 
 
-def build(plan: Tower, dim: int, started: bool = True) -> nn.Module:
-    """A timm tower that reads one grey channel and gives `dim` numbers: as `encoders.start` has it, or untrained."""
+def build(plan: Tower, dim: int) -> nn.Module:
+    """A timm tower that reads one grey channel and gives `dim` numbers: untrained, or as `encoders.start` has it."""
     import timm
 
     extra: dict[str, Any] = {"drop_path_rate": plan.skipped} if plan.skipped else {}  # not every model knows it
@@ -227,7 +227,7 @@ def build(plan: Tower, dim: int, started: bool = True) -> nn.Module:
     except RuntimeError as error:
         message = f"timm knows no model {plan.name!r}; `timm.list_models()` lists what it knows"
         raise InputError(message, "tower.name") from error
-    if plan.start and started:
+    if plan.start:
         start(tower, plan.start)
     return tower.to(memory_format=torch.channels_last)
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,9 @@ from torch.nn import functional
 
 from encoders.film import FilmCourse, build, learned_from
 from encoders.lesson import Lesson, Texts
+from encoders.models import configuration
 from encoders.recipe import Recipe, Turn, read
-from encoders.saving import folder_made, halved, load, read_json, save, write_json
+from encoders.saving import folder_made, halved, load, save, write_json
 from encoders.text import PACKAGED
 from encoders.train import Run, done, draw_curve, key_of
 from retrieval.types import Encoder, Linker, Progress
@@ -86,15 +88,17 @@ def join(plan: Recipe, lesson: Lesson, text: str, parts: Sequence[Path], folder:
     dim = lesson.texts.reports.shape[1]
     towers = []
     for part in parts:
-        tower = build(plan.tower, dim, started=False)
+        tower = build(replace(plan.tower, start=""), dim)
         tower.load_state_dict(load(part / "model.safetensors")[0])
         towers.append(tower)
     joined = Joined(towers, dim).eval()
     with torch.no_grad():
-        joined.turn.weight.copy_(turn(lesson, vectors(joined, lesson, plan, progress), plan.turn))
+        nn.init.eye_(joined.turn.weight)
+        if plan.turn.share and lesson.texts.phrases:  # or all films would be encoded for nothing
+            joined.turn.weight.copy_(turn(lesson, vectors(joined, lesson, plan, progress), plan.turn))
     save(folder / "model.safetensors", halved(joined.state_dict()), {"format": "pt"})
     write_json(folder / "config.json", _config(plan, dim, text))
-    lineages = [read_json(part / "lineage.json") for part in parts]
+    lineages = [configuration(part / "lineage.json", part.name) for part in parts]
     apart = ("seed", "seconds", "temperatures", "epochs")
     whole = {name: value for name, value in lineages[0].items() if name not in apart}
     told = [{name: lineage[name] for name in apart} for lineage in lineages]
@@ -133,12 +137,9 @@ def vectors(joined: Joined, lesson: Lesson, plan: Recipe, progress: Progress) ->
 
 def turn(lesson: Lesson, films: Tensor, how: Turn) -> Tensor:
     """(D, D) that a film's vector is multiplied by; films: (N, D), the vectors of the lesson's frontal films."""
-    texts, dim = lesson.texts, films.shape[1]
-    if not how.share or not texts.phrases:
-        return torch.eye(dim)
     owner = torch.from_numpy(lesson.study[lesson.frontal])
-    directions = discriminants(films, texts.states[owner], how.shrink)
-    return torch.eye(dim) + how.share * _spoken_of(texts, directions)
+    directions = discriminants(films, lesson.texts.states[owner], how.shrink)
+    return torch.eye(films.shape[1]) + how.share * _spoken_of(lesson.texts, directions)
 
 
 def discriminants(films: Tensor, states: Tensor, shrink: float) -> Tensor:

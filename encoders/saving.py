@@ -84,15 +84,6 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
         raise BackendError(f"{path.name} cannot be written: {error.strerror}") from error
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """What `write_json` wrote. Raises InputError where it is damaged."""
-    try:
-        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read: remove its folder to start anew") from error
-    return values
-
-
 def _flush(path: Path) -> None:
     with path.open("rb+") as opened:
         os.fsync(opened.fileno())
