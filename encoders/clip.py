@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from safetensors import safe_open
 
 from encoders import images, runtime
 from encoders.models import configuration, found, model_files
@@ -64,18 +65,24 @@ class Pair:
 
     def encode_queries(self, items: Sequence[Item]) -> Matrix:
         """(Q, D) of pictures and texts in any order."""
-        return self._encode(items, None if self._text is None else self._text.encode_queries)
+        texts = None if self._text is None else self._text.encode_queries
+        return self._encode(items, self._pictures.encode_queries, texts)
 
     def encode_documents(self, items: Sequence[Item]) -> Matrix:
         """(N, D) of pictures and texts in any order."""
-        return self._encode(items, None if self._text is None else self._text.encode_documents)
+        return self._encode(items, self._pictures.encode, None if self._text is None else self._text.encode_documents)
 
-    def _encode(self, items: Sequence[Item], texts: Callable[[Sequence[Item]], Matrix] | None) -> Matrix:
+    def _encode(
+        self,
+        items: Sequence[Item],
+        pictures: Callable[[Sequence[ImageSource]], Matrix],
+        texts: Callable[[Sequence[Item]], Matrix] | None,
+    ) -> Matrix:
         out = np.zeros((len(items), self.dim), np.float32)
         seen = [n for n, item in enumerate(items) if item.image is not None]
         read = [n for n, item in enumerate(items) if item.image is None]
         if seen:
-            out[seen] = self._pictures.encode([image for n in seen if (image := items[n].image) is not None])
+            out[seen] = pictures([image for n in seen if (image := items[n].image) is not None])
         if read:
             if texts is None:
                 raise InputError("this image encoder reads no texts; search it with a picture")
@@ -84,11 +91,15 @@ class Pair:
 
 
 class Pictures:
-    """A picture tower: decoded pictures to unit vectors."""
+    """A picture tower: decoded pictures to unit vectors.
 
-    def __init__(self, tower: runtime.Tower, digest: str) -> None:
+    middle: (D,), what is taken from the vector of a picture that asks; see `encoders.joined.middle`.
+    """
+
+    def __init__(self, tower: runtime.Tower, digest: str, middle: runtime.Array | None = None) -> None:
         self.dim = int(tower.spec["dim"])
         self.digest = digest
+        self._middle = middle
         self._tower = tower
         self._resize = Resize.of(tower.spec["resize"])
 
@@ -97,6 +108,11 @@ class Pictures:
         if len(pictures) <= 2:
             return runtime.unit(self._tower.one({"image": np.stack([self._array(p) for p in pictures])}))
         return runtime.unit(np.concatenate(self._tower.many(self._batches(pictures), len(pictures))))
+
+    def encode_queries(self, pictures: Sequence[ImageSource]) -> Matrix:
+        """(Q, D) unit vectors of pictures that ask."""
+        vectors = self.encode(pictures)
+        return vectors if self._middle is None else runtime.unit(vectors - self._middle)
 
     def _array(self, picture: ImageSource) -> runtime.Array:
         return self._resize(images.pixels(picture))
@@ -146,7 +162,7 @@ def image_encoder(name: str | None, text: Encoder | None, cache: Path) -> Pair:
     digest = digests.files(model.files, model.how | {"side": "image"})
     loaded = _Once(model.load)
     tower = runtime.tower(cache, digest, lambda: loaded().image, lambda out: make_image(loaded(), out))
-    pictures = Pictures(tower, digest)
+    pictures = Pictures(tower, digest, None if model.aligned is None else _middle(model.files["model.safetensors"]))
     if model.aligned is not None:
         side = _aligned_text(model.aligned, text, cache, label)
         return Pair("text" if side is text else "image", pictures, side)
@@ -227,6 +243,12 @@ def _trained(folder: Path, name: str) -> _Model:
             f"{name!r}: config.json lacks {sorted(missing)} or names a tower that is not timm's: train it again"
         )
     return _Model(files, {"kind": "film"}, lambda: load_trained(files, config, name), aligned=config)
+
+
+def _middle(weights: Path) -> runtime.Array:
+    """(D,) what a trained tower takes from pictures that ask."""
+    with safe_open(weights, framework="numpy") as opened:
+        return np.asarray(opened.get_tensor("middle"), np.float32)
 
 
 def _open_clip(folder: Path, name: str) -> _Model:

@@ -8,6 +8,10 @@ many share. The turn mends that: Fisher's linear discriminant, shrunk, gives eac
 films with it from films without it; a linear map says which of these directions a text speaks of; its transpose, added
 to the film's own vector, brings films nearer to the texts that speak of what they show.
 
+All films are alike, and what lies near their mean is near every one of them (a hub). A picture that asks therefore
+loses some of that mean. Texts that ask keep their vectors, and so do the films that are found: between those, how near
+a film is to the mean also tells how normal it is.
+
 Shapes: B films of a batch, N films, S studies, F findings, P phrases, D dimensions of the text encoder.
 """
 
@@ -37,12 +41,18 @@ AT_ONCE = 64  # films
 
 
 class Joined(nn.Module):
-    """Towers as one: (B, 1, size, size) to (B, D), the mean of their unit vectors, turned."""
+    """Towers as one: (B, 1, size, size) to (B, D), the mean of their unit vectors, turned.
+
+    middle: (D,), what is taken from the unit vector of a picture that asks.
+    """
+
+    middle: Tensor
 
     def __init__(self, towers: Sequence[nn.Module], dim: int) -> None:
         super().__init__()
         self.towers = nn.ModuleList(towers)
         self.turn = nn.Linear(dim, dim, bias=False)
+        self.register_buffer("middle", torch.zeros(dim))
 
     def forward(self, films: Tensor) -> Tensor:
         turned: Tensor = self.turn(self.mean(films))
@@ -94,8 +104,12 @@ def join(plan: Recipe, lesson: Lesson, text: str, parts: Sequence[Path], folder:
     joined = Joined(towers, dim).eval()
     with torch.no_grad():
         nn.init.eye_(joined.turn.weight)
-        if plan.turn.share and lesson.texts.phrases:  # or all films would be encoded for nothing
-            joined.turn.weight.copy_(turn(lesson, vectors(joined, lesson, plan, progress), plan.turn))
+        turned = bool(plan.turn.share and lesson.texts.phrases)
+        if turned or plan.turn.middle:  # or all films would be encoded for nothing
+            films = vectors(joined, lesson, plan, progress)
+            if turned:
+                joined.turn.weight.copy_(turn(lesson, films, plan.turn))
+            joined.middle.copy_(middle(joined.turn(films), plan.turn.middle))
     save(folder / "model.safetensors", halved(joined.state_dict()), {"format": "pt"})
     write_json(folder / "config.json", _config(plan, dim, text))
     lineages = [configuration(part / "lineage.json", part.name) for part in parts]
@@ -133,6 +147,11 @@ def vectors(joined: Joined, lesson: Lesson, plan: Recipe, progress: Progress) ->
         out.append(joined.mean((batch - plan.tower.mean) / plan.tower.std))
         progress("turning towards the findings", first + len(batch), len(films))
     return torch.cat(out)
+
+
+def middle(films: Tensor, share: float) -> Tensor:
+    """(D,) what a picture that asks loses, of (N, D) films' vectors: `share` of the mean of their unit vectors."""
+    return share * functional.normalize(films, dim=1).mean(0)
 
 
 def turn(lesson: Lesson, films: Tensor, how: Turn) -> Tensor:

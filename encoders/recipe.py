@@ -97,6 +97,7 @@ class Turn:
 
     share: float = 0.0  # of the findings beside what the members give; 0 leaves it as it is
     shrink: float = 1.0  # how much of a sphere the films' covariance is made
+    middle: float = 0.0  # how much of the films' mean is taken from a picture that asks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,7 +159,7 @@ _RANGES: Mapping[str, tuple[float, float]] = {
     "augment.cover": (0, 0.9), "augment.mix": (0, 10),
     "loss.reports": (0, 100), "loss.sentences": (0, 100), "loss.findings": (0, 100), "loss.denial": (0, 1),
     "loss.temperature": (0.01, 1), "loss.rarity": (0, 1), "loss.soft": (0, 0.9),
-    "turn.share": (0, 10), "turn.shrink": (1e-3, 1e3),
+    "turn.share": (0, 10), "turn.shrink": (1e-3, 1e3), "turn.middle": (0, 1),
 }  # fmt: skip
 _CHOICES: Mapping[str, tuple[str, ...]] = {**PACE.choices, "data.part": ("train", "all"), "kind": ("film",)}
 

@@ -131,6 +131,20 @@ def test_a_trained_tower_shares_the_space_of_its_text_encoder(film: Path, minilm
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
 
 
+def test_a_picture_that_asks_loses_the_middle(film: Path, minilm: Text, cache: Path, tmp_path: Path) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    middle = np.random.default_rng(0).normal(0, 0.05, 384).astype(np.float16)
+    save_file(load_file(film / "model.safetensors") | {"middle": middle}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_bytes((film / "config.json").read_bytes())
+    pair, items = image_encoder(str(tmp_path), minilm, cache), [*seen(PICTURES), Item(text="effusion")]
+    found, asked = pair.encode_documents(items), pair.encode_queries(items)
+    np.testing.assert_allclose(found, image_encoder(str(film), minilm, cache).encode_documents(items), atol=1e-5)
+    wanted = found[:-1] - middle
+    np.testing.assert_allclose(asked[:-1], wanted / np.linalg.norm(wanted, axis=1, keepdims=True), atol=1e-5)
+    np.testing.assert_allclose(asked[-1], found[-1], atol=1e-5)  # a text stays
+
+
 def test_with_another_text_encoder_the_space_is_its_own(film: Path, minilm: Text, cache: Path) -> None:
     for other in (None, HashingEncoder()):
         pair = image_encoder(str(film), other, cache)

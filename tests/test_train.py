@@ -19,7 +19,7 @@ from torch import nn
 from encoders import film
 from encoders import train as training
 from encoders.film import Shards, build, decided, learned_from
-from encoders.joined import Joined, turn
+from encoders.joined import Joined, middle, turn
 from encoders.lesson import Lesson, Texts, augmented
 from encoders.packed import pack
 from encoders.recipe import Augment, Pace, Recipe, Tower, Turn, read
@@ -56,6 +56,7 @@ concepts = ["line", "stripe"]
 _TURN = """
 [turn]
 share = 0.5
+middle = 0.3
 """
 
 
@@ -162,6 +163,7 @@ def test_members_differ_by_seed_and_go_on_where_they_were_stopped(place: Path) -
     towers = [{n[9:]: v for n, v in whole.items() if n.startswith(f"towers.{m}.")} for m in (0, 1)]
     assert not torch.equal(towers[0]["fc.weight"], towers[1]["fc.weight"])
     assert not torch.equal(whole["turn.weight"], torch.eye(24).half())
+    assert 0 < whole["middle"].norm() < 0.3
     later = {f"member 2 of 2, epoch {n} of 3" for n in (2, 3)}
     assert _gone_on(place, "member 2 of 2, epoch 2", whole) == later
 
@@ -173,6 +175,12 @@ def test_a_tower_gives_the_mean_of_its_members_turned() -> None:
     units = [nn.functional.normalize(tower(films), dim=1) for tower in towers]
     mean = nn.functional.normalize(units[0] + units[1] + units[2], dim=1)
     torch.testing.assert_close(joined(films), mean @ joined.turn.weight.T)
+
+
+def test_the_middle_of_films_is_a_share_of_the_mean_of_their_unit_vectors() -> None:
+    films = torch.tensor([[2.0, 0.0], [0.0, 0.5]])
+    torch.testing.assert_close(middle(films, 0.4), torch.tensor([0.2, 0.2]))
+    assert not middle(films, 0.0).any()
 
 
 def test_films_turn_towards_texts_that_speak_of_their_findings() -> None:
