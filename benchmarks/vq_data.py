@@ -13,13 +13,16 @@ from numpy.typing import NDArray
 
 from benchmarks.collections import BENCH, CLASSICS, data, tasks
 from encoders.text import text_encoder
+from indexers.product import spread
+from indexers.publish import PICTURES
 from indexers.queries import windows
 from retrieval.files import read_source
 from retrieval.types import Document, Encoder, Item, Matrix, Qrels
 
 FOLDER = BENCH / "vq"
 TEXTS = ("scifact", "roco_captions", *(name for name in CLASSICS if name != "adi"))
-SPACES = ("scifact", "roco_captions", "iu_xray", *TEXTS[2:])
+SENTENCES, MILLION, OVERLAP = "sentences", "million", "overlap@10"
+SPACES = ("scifact", "roco_captions", "iu_xray", *TEXTS[2:], SENTENCES, MILLION)
 AT_ONCE = 256
 WINDOWS = 8_000  # per space; a random choice where there are more
 KNOWN_ITEMS = {"train": 2_000, "dev": 500, "test": 1_000}
@@ -35,17 +38,21 @@ class Asked(NamedTuple):
 
 
 class Space(NamedTuple):
-    """Documents (N, D), windows (W, D) cut from them, and judged queries by part: train, dev, test."""
+    """Documents (N, D), windows (W, D) cut from them to learn from, and queries by part: train, dev, test."""
 
     name: str
     documents: Matrix
     windows: Matrix
     asked: dict[str, Asked]
-    measure: str  # nDCG@10 or R@10
+    measure: str  # nDCG@10 or R@10; overlap@10 where nothing is judged
 
 
 def space(name: str) -> Space:
     """A space of `SPACES`; encoded where that was not done before."""
+    if name == MILLION:
+        held = space(SENTENCES)
+        more = mixtures(held.documents, 1_000_000 - len(held.documents), np.random.default_rng(0))
+        return held._replace(name=name, documents=np.concatenate([held.documents, more]))
     kept = FOLDER / name
     if not (kept / "asked.json").exists():
         kept.mkdir(parents=True, exist_ok=True)
@@ -59,7 +66,19 @@ def space(name: str) -> Space:
         )
         for part, entry in about["asked"].items()
     }
-    return Space(name, np.load(kept / "documents.npy"), np.load(kept / "windows.npy"), asked, about["measure"])
+    documents, cut = np.load(kept / "documents.npy"), np.load(kept / "windows.npy")
+    if name == "iu_xray":  # as the product learns an index of pictures
+        cut = np.concatenate([cut, documents[spread(len(documents), len(cut) // PICTURES)]])
+    return Space(name, documents, cut, asked, about["measure"])
+
+
+def mixtures(rows: Matrix, count: int, rng: np.random.Generator) -> Matrix:
+    """(count, D) unit vectors between two of the rows (N, D) each, weights 0.6 to 0.95."""
+    weights = rng.uniform(0.6, 0.95, (count, 1)).astype(np.float32)
+    first, second = (rows[rng.integers(len(rows), size=count)] for _ in range(2))
+    made = weights * first + (1 - weights) * second
+    unit: Matrix = made / np.linalg.norm(made, axis=1, keepdims=True)
+    return unit
 
 
 class _Query(NamedTuple):
@@ -77,6 +96,9 @@ def _encode(name: str, kept: Path) -> None:
         documents, texts, queries = _films()
     elif name == "roco_captions":
         documents, queries = _captions()
+        texts = [document.text for document in documents]
+    elif name == SENTENCES:
+        documents, queries = _sentences()
         texts = [document.text for document in documents]
     else:
         documents, queries = _judged(name)
@@ -98,7 +120,7 @@ def _encode(name: str, kept: Path) -> None:
             "own": [number.get(query.item.id, -1) for query in chosen],
         }
     _saved(kept / "windows.npy", encoder.encode_queries, [Item(text=window) for window in cut])
-    measure = "R@10" if name == "roco_captions" else "nDCG@10"
+    measure = {"roco_captions": "R@10", SENTENCES: OVERLAP}.get(name, "nDCG@10")
     (kept / "asked.json").write_text(json.dumps({"measure": measure, "asked": about}))
 
 
@@ -146,6 +168,21 @@ def _captions() -> tuple[list[Item], list[_Query]]:
             out.append(_Query(part, Item(text=" ".join(words)), same[row["caption"]]))
         at += count
     return [Item(id=row["id"], text=row["caption"]) for row in rows], out
+
+
+def _sentences() -> tuple[list[Item], list[_Query]]:
+    """Every sentence of the text collections, the captions and the reports; all their queries, without judgments."""
+    bodies, queries = [], []
+    for name in (*TEXTS, "adi"):
+        found, asked = _captions() if name == "roco_captions" else _judged(name)
+        bodies += [item.text for item in found]
+        queries += [query._replace(judged={}) for query in asked]
+    reports = (data() / "iu_xray" / "reports.jsonl").read_text().splitlines()
+    for row in map(json.loads, reports):
+        bodies += [row[part] for part in ("findings", "impression") if row[part]]
+    rng = np.random.default_rng(0)
+    cut = sorted({window for body in bodies for window in windows(body, rng)})
+    return [Item(text=cut[n]) for n in rng.permutation(len(cut))], queries
 
 
 def _films() -> tuple[list[Item], list[str], list[_Query]]:

@@ -28,6 +28,7 @@ from retrieval.types import Matrix, Progress
 
 T = TypeVar("T")
 SEALED_AT = 2_048  # fresh vectors of a side; more than this are no tail any more
+PICTURES = 4  # other queries for each picture that an index of pictures learns from
 REWRITTEN_AT = 0.1  # share of rows that are new or dead since a derived part was made whole
 
 
@@ -151,7 +152,7 @@ class _Step:
         # What was learned in this generation serves for what has come since, until it is rebuilt.
         like = next((stretch.index for stretch in self.now.stretches[key] if stretch.index.spec == spec), None)
         if spec.kind == "distillvq" and like is None:
-            queries = self._queries(key)
+            queries = self._queries(key, chunks)
 
         def make(target: Path) -> shards.Checksums:
             SideIndex.build(chunks, spec, progress, queries, like).save(target)
@@ -160,8 +161,11 @@ class _Step:
         name, files = self._new_folder("vectors", make)
         return {"folder": name, "files": files, "shards": len(chunks)}
 
-    def _queries(self, key: Key) -> Matrix | None:
-        """What a side is asked for: pieces of the texts, and vectors of the other side; None where there are none."""
+    def _queries(self, key: Key, chunks: Sequence[NDArray[Any]]) -> Matrix | None:
+        """What a side is asked for: pieces of the texts, vectors of the other side, and of pictures some of its own.
+
+        None where nothing but the side itself is there.
+        """
         space, side = key
         windows = some_windows(text for _, text in self._texts(0)) if self.ask is not None else []
         asked = self.ask(space, windows) if self.ask is not None and windows else None
@@ -171,6 +175,9 @@ class _Step:
         stored = Stored([self.generation.matrix(name) for name in others])
         if len(stored):
             found.append(stored.gather(spread(len(stored), MOST)))
+        if found and side == "image":  # which pictures look for as well
+            own = Stored(chunks)
+            found.append(own.gather(spread(len(own), sum(map(len, found)) // PICTURES)))
         return np.concatenate(found) if found else None
 
     def _new_folder(self, label: str, make: Callable[[Path], T]) -> tuple[str, T]:

@@ -59,6 +59,7 @@ _HELD_OUT = 256
 _TIMED = 32  # queries
 _MEASURED_K = 10
 _SAMPLE_ROWS = 32_768  # of training: 128 for each of 256 codewords
+_ROWS_PER_LIST = 39  # of training, where that is more: what FAISS asks for
 _WORTH_THREADS = 16_384  # rows; below, threads of a build mostly wait for each other
 _ADDED_ROWS = 4_096  # at once: how often progress is told
 
@@ -151,11 +152,13 @@ class SideIndex:
         with threads(BUILD_THREADS if len(stored) >= _WORTH_THREADS else 1):
             if isinstance(kind, Distilled) and like is not None and like._codes is not None:
                 index, notes = kind.like(like._codes.index), like.measured.notes
-            elif isinstance(kind, Distilled):
-                sample = stored.gather(spread(seen, _SAMPLE_ROWS))
-                index, notes = kind.teach(sample, stored.until(seen), learning, progress)
             else:
-                index, notes = kind.train(stored.gather(spread(seen, _SAMPLE_ROWS)))
+                wanted = max(_SAMPLE_ROWS, _ROWS_PER_LIST * spec.keys.get("nlist", 0))
+                sample = stored.gather(spread(seen, wanted))
+                if isinstance(kind, Distilled):
+                    index, notes = kind.teach(sample, stored.until(seen), learning, progress)
+                else:
+                    index, notes = kind.train(sample)
             codes = Codes(kind, index)
             side = cls(spec, stored, codes, Measured())
             side._add(codes, 0, seen, progress)

@@ -18,13 +18,14 @@ from torch import Tensor
 
 from indexers.distill_vq import ARMS, Lesson, Recipe, agreement, distill, distill_vq_loss, lesson, taught
 from indexers.embedded import open_index
+from indexers.kinds import Distilled
 from indexers.product import Quantizers, empty_index, face, fitted, other_side, quantizers_of
 from indexers.queries import perturbed, windows
 from indexers.rebuild import build, rebuild
 from indexers.scan import Stored, threads
 from indexers.vectors import SideIndex, parse_spec
 from retrieval.errors import BackendError, Invalid
-from retrieval.types import Document, Encoded, Prepared, Side, SpaceInfo
+from retrieval.types import Document, Encoded, Prepared, Progress, Side, SpaceInfo
 
 Array = NDArray[np.float32]
 SPEC = "distillvq:M=4,nlist=8"
@@ -324,16 +325,16 @@ class Topics:
         return clustered(len(texts), seed=len(texts))
 
 
-def indexed(folder: Path, count: int) -> Topics:
+def indexed(folder: Path, count: int, side: Side = "text") -> Topics:
     topics = Topics()
     documents, vectors = topics.documents(count)
 
     def prepare(some: Sequence[Document]) -> Prepared:
         rows = [int(d.id[1:]) for d in some]
-        return Prepared(list(some), {("text", "text"): Encoded(np.arange(len(rows)), vectors[rows])}, [])
+        return Prepared(list(some), {("text", side): Encoded(np.arange(len(rows)), vectors[rows])}, [])
 
     prepare.digest = "topics"  # type: ignore[attr-defined]
-    spaces = {"text": SpaceInfo("text", 32, topics.digests)}
+    spaces = {"text": SpaceInfo("text", 32, {side: "topics"})}
     build(folder, documents, prepare, config={}, spaces=spaces, vector_index="flat", progress=quiet)  # type: ignore[arg-type]
     return topics
 
@@ -356,6 +357,26 @@ def test_a_rebuild_learns_from_the_collections_own_texts(tmp_path: Path) -> None
     assert found["effort"] in (1, 2, 4, 8)
     assert not any("no queries" in note for note in found["notes"])
     json.dumps(found)
+
+
+@pytest.mark.parametrize(("side", "share"), [("image", 0.2), ("text", 0.0)])
+def test_an_index_of_pictures_learns_from_some_of_them_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, side: Side, share: float
+) -> None:
+    learned_from = []
+    teach = Distilled.teach
+
+    def taught_by(kind: Distilled, sample: Array, stored: Stored, queries: Array, progress: Progress) -> Any:
+        learned_from.append(queries)
+        return teach(kind, sample, stored, queries, progress)
+
+    topics = indexed(tmp_path / "c", 400, side)
+    monkeypatch.setattr(Distilled, "teach", taught_by)
+    rebuild(tmp_path / "c", vector_index=SPEC, progress=quiet, ask=topics.ask)
+    [queries] = learned_from
+    stored = {row.tobytes() for row in clustered(400)}
+    own = [row.tobytes() in stored for row in queries]
+    assert own.count(True) / len(own) == pytest.approx(share, abs=0.01)  # one beside four others
 
 
 def test_a_cancelled_rebuild_leaves_the_collection_and_the_same_call_finishes(tmp_path: Path) -> None:
