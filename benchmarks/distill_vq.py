@@ -35,10 +35,10 @@ SHAPE = (64, 16)  # of the others
 BYTES = (24, 16, 32, 48, 96)
 FITTED = ("opq+ivfpq", "rabitq", "sq4", "sq8", "ivfpq")  # to the documents alone
 LEARNED = ("distill", "turned", "distill, log", "distill, labels", "contrastive, labels", "contrastive, few labels",
-           "distill, plain")  # fmt: skip
+           "distill, plain", "distill, 4 bits")  # fmt: skip
 FEW = 64
 SAMPLE = 32_768  # documents that what learns starts from, as in the product
-START = {"log": "labels", "few labels": ""}  # whose start they share: the same queries, or those that all have
+START = {"few labels": ""}  # whose start they share: the queries that all have
 METHODS = (*FITTED, *LEARNED)
 RECIPE = Recipe()
 _IP = untyped_faiss.METRIC_INNER_PRODUCT
@@ -163,7 +163,8 @@ def made(held: Space, method: str, size: int, seed: int) -> Any:
     taught = lesson_of(held.name, source)
     if taught is None:
         return None
-    start = started(held.name, size, seed, START.get(source, source))
+    codes, bits = (2 * size, 4) if source == "4 bits" else (size, 8)
+    start = started(held.name, codes, seed, START.get(source, source), bits)
     if method == "turned":
         return empty_index(start)
     arm = "contrastive" if method.startswith("contrastive") else "listnet"
@@ -234,27 +235,29 @@ def _trained(turn: Any, inverted: Any, documents: NDArray[np.float32], seed: int
 
 
 @cache
-def started(name: str, size: int, seed: int, source: str) -> Quantizers:
+def started(name: str, codes: int, seed: int, source: str, bits: int) -> Quantizers:
     """Where all that learn from these queries start."""
     taught = None if source == "plain" else lesson_of(name, source)
     documents = space_of(name).documents
     sample = documents[spread(len(documents), SAMPLE)]
-    return fitted(sample, size, shape(name)[0], seed, None if taught is None else taught.queries)
+    return fitted(sample, codes, shape(name)[0], seed, None if taught is None else taught.queries, bits)
 
 
 @cache
 def lesson_of(name: str, source: str) -> Lesson | None:
     """Train queries with the documents they are labelled with, or as a log without labels; else windows."""
     held = space_of(name)
-    if source in ("", "plain"):
+    if source in ("", "plain", "4 bits"):
         return lesson(Stored([held.documents]), held.windows, RECIPE.best, _quiet)
     asked = held.asked.get("train")
     if asked is None:
         return None
+    if source == "log":
+        return lesson(Stored([held.documents]), asked.vectors, RECIPE.best, _quiet)
     judged = [max(q, key=lambda d: q[d]) if q else -1 for q in asked.qrels]
     known = np.flatnonzero(np.array(judged) >= 0)[: FEW if source == "few labels" else None]
     queries, positives = asked.vectors[known], np.array(judged, np.int64)[known]
-    return lesson(Stored([held.documents]), queries, RECIPE.best, _quiet, None if source == "log" else positives)
+    return lesson(Stored([held.documents]), queries, RECIPE.best, _quiet, positives)
 
 
 def _quiet(phase: str, done: int, total: int | None) -> None:

@@ -5,6 +5,9 @@ measures it and adds the figures to docs/students.json; docs/students.md is writ
 the page is. Rates are comparable among the encoders of one call. A reranker reads a hundred abstracts for each of 417
 claims: three quarters of an hour on two cores.
 
+An encoder named `NAME, seed N` is one of several of a recipe. Values by query are kept in .bench/students, and where
+an arm and the one without its teacher (`AGAINST`) are there with the same seeds, their difference is measured too.
+
 Three sets of queries: the test split; those of its queries whose papers no train claim asks for; and the train claims
 that recipes hold out, whose papers no training claim asks for either.
 """
@@ -19,7 +22,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.collections import data, home
+import numpy as np
+
+from benchmarks.collections import BENCH, data, home
+from benchmarks.methods_measure import difference
 from encoders.collection import is_held_out
 from retrieval.evaluate import evaluate
 from retrieval.files import read_source
@@ -32,31 +38,36 @@ FIGURES, PAGE = Path("docs/students.json"), Path("docs/students.md")
 HELD_OUT = 0.15  # as the recipes have it
 RETRIEVERS = ("dense", "hybrid", "hybrid+rerank")  # the last where there is a reranker
 MEASURE = "nDCG@10"
+SEED = ", seed "
 SETS = {"held out of train": 117, "test": 300, "test, papers unseen": 104}  # with their queries
+AGAINST = {"scifact-cprd": "scifact-cprd without its teacher"}
+KEPT = BENCH / "students"
 TIMED, ROUNDS = 256, 3  # documents that the encoding rate is taken over, and how often
 
 
 def main(arguments: Sequence[str]) -> None:
     figures: dict[str, Any] = json.loads(FIGURES.read_text("utf-8")) if FIGURES.exists() else {}
+    encoders = figures.setdefault("encoders", {})
     named = {name: encoder or name for name, _, encoder in (argument.partition("=") for argument in arguments)}
     if named:
         at = home()
         alone: dict[str, str] = {}  # what has a rate of its own
         for name, given in named.items():
             encoder, _, reranker = given.partition("+")
-            figures[name] = measured(at, f"students-{name}", encoder, reranker or "none")
-            print(name, json.dumps(figures[name]), flush=True)
-            if not reranker:
+            encoders[name] = measured(at, name, encoder, reranker or "none")
+            print(name, json.dumps(encoders[name]), flush=True)
+            if not reranker and SEED not in name:
                 alone[name] = encoder
         for name, rate in rates(at, alone).items():
-            figures[name]["documents_per_second"] = rate
+            encoders[name]["documents_per_second"] = rate
+        figures["against"] = figures.get("against", {}) | differences()
         FIGURES.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-    PAGE.write_text(page(figures), encoding="utf-8")
+    PAGE.write_text(page(encoders, figures.get("against", {})), encoding="utf-8")
 
 
-def measured(at: Home, collection: str, encoder: str, reranker: str = "none") -> dict[str, Any]:
-    """Figures of one encoder by set of queries and retriever."""
-    folder = data() / "scifact"
+def measured(at: Home, name: str, encoder: str, reranker: str = "none") -> dict[str, Any]:
+    """Figures of one encoder by set of queries and retriever; their values by query are kept."""
+    folder, collection = data() / "scifact", f"students-{name.replace(', ', '-').replace(' ', '-')}"
     if collection not in at.names():
         config = Config(text_encoder=encoder, image_encoder="none", ontology="none", reranker=reranker)
         at.index(collection, read_source(folder).documents(), config, progress=silent)
@@ -74,10 +85,13 @@ def measured(at: Home, collection: str, encoder: str, reranker: str = "none") ->
         split: measure(at.engine(collection), judged, retrievers, [MEASURE], progress=silent).runs
         for split, judged in (("test", test), ("train", train))
     }
-    return {
-        "where": "through the product",
-        "figures": {name: _by_retriever(runs[judged.split], qrels) for name, (judged, qrels) in sets.items()},
+    values = {part: _by_retriever(runs[judged.split], qrels) for part, (judged, qrels) in sets.items()}
+    KEPT.mkdir(parents=True, exist_ok=True)
+    (KEPT / f"{name}.json").write_text(json.dumps(values), encoding="utf-8")
+    means = {
+        part: {leg: round(statistics.mean(v.values()), 4) for leg, v in legs.items()} for part, legs in values.items()
     }
+    return {"where": "through the product", "figures": means}
 
 
 def _held_out(grades: Mapping[str, float]) -> bool:
@@ -85,9 +99,30 @@ def _held_out(grades: Mapping[str, float]) -> bool:
     return is_held_out(min(id for id, grade in grades.items() if grade > 0), HELD_OUT)
 
 
-def _by_retriever(runs: Mapping[str, Run], qrels: Qrels) -> dict[str, float]:
+def _by_retriever(runs: Mapping[str, Run], qrels: Qrels) -> dict[str, dict[str, float]]:
+    """Retriever -> query -> value."""
     asked = {name: {q: ranking for q, ranking in run.items() if q in qrels} for name, run in runs.items()}
-    return {name: round(evaluate(run, qrels, [MEASURE]).means[MEASURE], 4) for name, run in asked.items()}
+    return {name: evaluate(run, qrels, [MEASURE]).per_query[MEASURE] for name, run in asked.items()}
+
+
+def differences() -> dict[str, Any]:
+    """Arm -> set of queries -> retriever -> its difference from the arm without a teacher, over the seeds of both."""
+    out: dict[str, Any] = {}
+    for arm, plain in AGAINST.items():
+        kept = {path.stem: json.loads(path.read_text("utf-8")) for path in KEPT.glob("*.json")}
+        seeds = sorted(name.partition(SEED)[2] for name in kept if name.startswith(arm + SEED))
+        seeds = [seed for seed in seeds if plain + SEED + seed in kept]
+        for part in SETS if seeds else ():
+            for leg in RETRIEVERS[:2]:
+                ours, theirs = (
+                    np.array(
+                        [list(dict(sorted(kept[name + SEED + seed][part][leg].items())).values()) for seed in seeds]
+                    )
+                    for name in (arm, plain)
+                )
+                found = difference(ours, theirs)._asdict() | {"seeds": len(seeds)}
+                out.setdefault(arm, {}).setdefault(part, {})[leg] = found
+    return out
 
 
 def rates(at: Home, encoders: Mapping[str, str]) -> dict[str, float]:
@@ -106,36 +141,55 @@ def rates(at: Home, encoders: Mapping[str, str]) -> dict[str, float]:
     return {name: round(len(items) / statistics.median(taken[1:]), 1) for name, taken in spent.items()}
 
 
-def page(figures: Mapping[str, Any]) -> str:
+def page(encoders: Mapping[str, Any], against: Mapping[str, Any]) -> str:
     """docs/students.md, from what was measured and nothing else; a dash where nothing was."""
     lines = ["# Text towers that learned", "", _ABOUT, ""]
     columns = [(part, retriever) for part in SETS for retriever in RETRIEVERS]
     heads = [f"{part} ({SETS[part]}), {retriever}" for part, retriever in columns]
     lines += [f"| encoder | measured | {' | '.join(heads)} | documents/s |", "|---" * (len(columns) + 3) + "|"]
-    for name, told in figures.items():
+    for name, told in encoders.items():
         cells = [_cell(told["figures"].get(part, {}).get(retriever)) for part, retriever in columns]
         lines.append(f"| {name} | {told['where']} | {' | '.join(cells)} | {told.get('documents_per_second', '–')} |")
-    return "\n".join([*lines, "", _seeds(figures), "", _READING]) + "\n"
+    return "\n".join([*lines, "", *_seeds(encoders), *_against(against), _READING]) + "\n"
 
 
 def _cell(figure: float | None) -> str:
     return "–" if figure is None else f"{figure:.3f}"
 
 
-def _seeds(figures: Mapping[str, Any]) -> str:
+def _seeds(encoders: Mapping[str, Any]) -> list[str]:
     """Mean and standard deviation over the seeds of one recipe, of those measured in one way."""
+    alike: dict[tuple[str, str], list[Any]] = {}
+    for name, told in encoders.items():
+        if SEED in name:
+            alike.setdefault((name.partition(SEED)[0], told["where"]), []).append(told["figures"])
     lines = []
-    for where in dict.fromkeys(told["where"] for told in figures.values()):
-        alike = [told["figures"] for key, told in figures.items() if "seed" in key and told["where"] == where]
-        if len(alike) < 2:
-            continue
+    for (recipe, where), rows in alike.items():
         parts = []
-        for name, retriever in ((name, retriever) for name in SETS for retriever in RETRIEVERS):
-            found = [row[name][retriever] for row in alike if retriever in row.get(name, {})]
+        for part, leg in ((part, leg) for part in SETS for leg in RETRIEVERS):
+            found = [row[part][leg] for row in rows if leg in row.get(part, {})]
             if len(found) > 1:
-                parts.append(f"{name}, {retriever} {statistics.mean(found):.3f} ± {statistics.stdev(found):.3f}")
-        lines.append(f"{len(alike)} seeds of `scifact-text`, {where}, mean ± standard deviation: {'; '.join(parts)}.")
-    return "\n\n".join(lines)
+                parts.append(f"{part}, {leg} {statistics.mean(found):.3f} ± {statistics.stdev(found):.3f}")
+        if parts:
+            lines += [f"{len(rows)} seeds of `{recipe}`, {where}, mean ± standard deviation: {'; '.join(parts)}.", ""]
+    return lines
+
+
+def _against(against: Mapping[str, Any]) -> list[str]:
+    """What the teacher is worth, with the interval of a paired bootstrap over queries."""
+    lines = []
+    for arm, parts in against.items():
+        told = [
+            f"{part}, {leg} {d['value']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}] ({d['wins']} of {d['seeds']} seeds)"
+            for part, legs in parts.items()
+            for leg, d in legs.items()
+        ]
+        lines += [
+            f"`{arm}` against `{AGAINST[arm]}`, mean over seeds with a 95 % paired bootstrap interval over queries: "
+            + "; ".join(told) + ".",
+            "",
+        ]  # fmt: skip
+    return lines
 
 
 _ABOUT = """SciFact, 5,183 abstracts, nDCG@10; written by `python -m benchmarks.students`. `hybrid` is BM25 and the

@@ -25,6 +25,7 @@ NAMES = {
     "distill, plain": "Distill-VQ in a plain rotation, no labels",
     "distill, labels": "Distill-VQ, labelled queries",
     "distill, log": "Distill-VQ, those queries without labels",
+    "distill, 4 bits": "Distill-VQ, no labels, twice as many codes of 4 bits",
     "distill": "Distill-VQ, no labels",
 }
 PARTS = ("score", "overlap")

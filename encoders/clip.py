@@ -72,6 +72,10 @@ class Pair:
         """(N, D) of pictures and texts in any order."""
         return self._encode(items, self._pictures.encode, None if self._text is None else self._text.encode_documents)
 
+    def as_queries(self, side: Side, vectors: Matrix) -> Matrix:
+        """(N, D) as pictures ask; texts as they are."""
+        return self._pictures.asking(vectors) if side == "image" else vectors
+
     def _encode(
         self,
         items: Sequence[Item],
@@ -111,7 +115,10 @@ class Pictures:
 
     def encode_queries(self, pictures: Sequence[ImageSource]) -> Matrix:
         """(Q, D) unit vectors of pictures that ask."""
-        vectors = self.encode(pictures)
+        return self.asking(self.encode(pictures))
+
+    def asking(self, vectors: Matrix) -> Matrix:
+        """(Q, D) unit vectors that pictures ask with whose vectors are `vectors`."""
         return vectors if self._middle is None else runtime.unit(vectors - self._middle)
 
     def _array(self, picture: ImageSource) -> runtime.Array:

@@ -55,6 +55,11 @@ class Text:
         """(N, D), with the model's prompt for documents."""
         return self._encode(items, self._tower.spec["prompts"]["document"])
 
+    def as_queries(self, side: Side, vectors: Matrix) -> Matrix:
+        """(N, D) as they are: another prompt needs the text."""
+        del side
+        return vectors
+
     def _encode(self, items: Sequence[Item], prompt: str) -> Matrix:
         texts = [prompt + item.text for item in items]
         return encoded(self._tower, self._tokens, texts, self.dim)

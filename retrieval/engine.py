@@ -319,7 +319,7 @@ class Engine:
             for side in encoder.digests:
                 rows, matrix = snapshot.vectors(space, side, [id])
                 if len(rows):
-                    vectors[space, side] = matrix[0]
+                    vectors[space, side] = encoder.as_queries(side, matrix[:1])[0]
         return Part(
             id=id, text=document.content, kind="report", weight=weight, findings=document.findings, vectors=vectors
         )

@@ -187,6 +187,9 @@ class Encoder(Protocol):
     def encode_documents(self, items: Sequence[Item]) -> Matrix:
         """(N, D). Every item must be handled."""
 
+    def as_queries(self, side: Side, vectors: Matrix) -> Matrix:
+        """(N, D) that documents ask with whose vectors of this side are `vectors`; the same ones where it can."""
+
 
 class Scorer(Protocol):
     """A cross-encoder: reads query and document together. It reranks, and it teaches."""

@@ -58,6 +58,9 @@ class HashingEncoder:
 
     encode_queries = encode_documents
 
+    def as_queries(self, side: Side, vectors: Matrix) -> Matrix:
+        return vectors
+
 
 class OverlapScorer:
     """A cross-encoder that counts shared words."""

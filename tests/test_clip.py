@@ -143,6 +143,8 @@ def test_a_picture_that_asks_loses_the_middle(film: Path, minilm: Text, cache: P
     wanted = found[:-1] - middle
     np.testing.assert_allclose(asked[:-1], wanted / np.linalg.norm(wanted, axis=1, keepdims=True), atol=1e-5)
     np.testing.assert_allclose(asked[-1], found[-1], atol=1e-5)  # a text stays
+    np.testing.assert_allclose(pair.as_queries("image", found[:-1]), asked[:-1], atol=1e-5)
+    assert pair.as_queries("text", found) is found
 
 
 def test_with_another_text_encoder_the_space_is_its_own(film: Path, minilm: Text, cache: Path) -> None:

@@ -112,6 +112,17 @@ def test_a_stored_document_finds_others_and_not_itself() -> None:
     assert len(ids(answer)) == 3
 
 
+def test_a_stored_document_asks_with_the_vectors_of_queries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here a picture asks for what its document says."""
+    said = HashingEncoder().encode_queries([Item(text="edema and effusion")])
+
+    def as_queries(_encoder, side, vectors):
+        return said if side == "image" else vectors
+
+    monkeypatch.setattr(HashingEncoder, "as_queries", as_queries)
+    assert ids(engine().search(Request(query=[RequestPart(id="d")], retriever="image")))[0] == "c"
+
+
 def test_a_picture_finds_the_same_picture() -> None:
     answer = engine().search(Request(query=[RequestPart(image=b"film")], retriever="image"))
     assert ids(answer)[0] == "d"
