@@ -66,10 +66,7 @@ def space(name: str) -> Space:
         )
         for part, entry in about["asked"].items()
     }
-    documents, cut = np.load(kept / "documents.npy"), np.load(kept / "windows.npy")
-    if name == "iu_xray":  # as the product learns an index of pictures
-        cut = np.concatenate([cut, documents[spread(len(documents), len(cut) // PICTURES)]])
-    return Space(name, documents, cut, asked, about["measure"])
+    return Space(name, np.load(kept / "documents.npy"), np.load(kept / "windows.npy"), asked, about["measure"])
 
 
 def mixtures(rows: Matrix, count: int, rng: np.random.Generator) -> Matrix:
@@ -120,6 +117,10 @@ def _encode(name: str, kept: Path) -> None:
             "own": [number.get(query.item.id, -1) for query in chosen],
         }
     _saved(kept / "windows.npy", encoder.encode_queries, [Item(text=window) for window in cut])
+    if name == "iu_xray":  # as the product learns an index of pictures
+        films, asked = np.load(kept / "documents.npy"), np.load(kept / "windows.npy")
+        some = films[spread(len(films), len(asked) // PICTURES)]
+        np.save(kept / "windows.npy", np.concatenate([asked, encoder.as_queries("image", some)]))
     measure = {"roco_captions": "R@10", SENTENCES: OVERLAP}.get(name, "nDCG@10")
     (kept / "asked.json").write_text(json.dumps({"measure": measure, "asked": about}))
 

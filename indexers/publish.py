@@ -24,7 +24,7 @@ from indexers.rows import Rows
 from indexers.scan import Stored
 from indexers.snapshot import OK, SOUND, EmbeddedSnapshot, Key
 from indexers.vectors import SideIndex, parse_spec
-from retrieval.types import Matrix, Progress
+from retrieval.types import Matrix, Progress, Side
 
 T = TypeVar("T")
 SEALED_AT = 2_048  # fresh vectors of a side; more than this are no tail any more
@@ -172,13 +172,18 @@ class _Step:
         found = [] if asked is None else [asked]
         with self.generation.store.reading() as reader:
             others = [shard.name for shard in reader.shards() if shard.space == space and shard.side != side]
-        stored = Stored([self.generation.matrix(name) for name in others])
-        if len(stored):
-            found.append(stored.gather(spread(len(stored), MOST)))
+        other = Stored([self.generation.matrix(name) for name in others])
+        if len(other):
+            found.append(self._asking(space, "text" if side == "image" else "image", other, MOST))
         if found and side == "image":  # which pictures look for as well
-            own = Stored(chunks)
-            found.append(own.gather(spread(len(own), sum(map(len, found)) // PICTURES)))
+            found.append(self._asking(space, side, Stored(chunks), sum(map(len, found)) // PICTURES))
         return np.concatenate(found) if found else None
+
+    def _asking(self, space: str, side: Side, stored: Stored, most: int) -> Matrix:
+        """At most `most` of the stored vectors, as their documents ask."""
+        vectors = stored.gather(spread(len(stored), most))
+        asked = self.ask(space, vectors) if self.ask is not None and side == "image" else None
+        return vectors if asked is None else asked
 
     def _new_folder(self, label: str, make: Callable[[Path], T]) -> tuple[str, T]:
         """A folder with a name of its own; nothing of it stays where making it fails."""

@@ -9,8 +9,8 @@ import numpy as np
 
 from retrieval.types import Matrix
 
-Ask = Callable[[str, Sequence[str]], Matrix | None]
-"""(space, texts) -> (Q, D) vectors of texts as queries; None where the space takes no texts."""
+Ask = Callable[[str, Sequence[str] | Matrix], Matrix | None]
+"""(space, texts, or (Q, D) stored vectors of pictures) -> (Q, D) as queries; None where the space takes no texts."""
 
 CUT = 4_096  # windows of a collection that are encoded
 SHORTEST, LONGEST = 8, 32  # words of a window where a text has no sentence marks, and of what is cut from a sentence

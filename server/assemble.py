@@ -10,7 +10,9 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, cast
+
+import numpy as np
 
 from retrieval.engine import Parts, Wordings
 from retrieval.errors import BackendError
@@ -29,6 +31,9 @@ from retrieval.types import (
 )  # fmt: skip
 from server.backends import Backend, Held, backend_of
 from server.settings import Settings
+
+if TYPE_CHECKING:
+    from indexers.queries import Ask
 
 T = TypeVar("T")
 NONE = "none"  # the name that leaves a part out
@@ -98,11 +103,14 @@ class Models:
         """Where the collection in `folder` lives, or is to live. config: what it is about to be built with."""
         return backend_of(folder, self.settings, asked, None if config is None else self.ask(config))
 
-    def ask(self, config: Config) -> Callable[[str, Sequence[str]], Matrix | None]:
-        """Makes (Q, D) queries of texts in a space of a collection; None where that space takes no texts."""
+    def ask(self, config: Config) -> Ask:
+        """Makes (Q, D) queries in a space of a collection, of texts or of pictures' stored vectors."""
 
-        def ask(space: str, texts: Sequence[str]) -> Matrix | None:
-            encoder, items = self.encoders(config)[0].get(space), [Item(text=text) for text in texts]
+        def ask(space: str, asked: Sequence[str] | Matrix) -> Matrix | None:
+            encoder = self.encoders(config)[0].get(space)
+            if isinstance(asked, np.ndarray):
+                return None if encoder is None else encoder.as_queries("image", asked)
+            items = [Item(text=text) for text in asked]
             able = encoder is not None and items and all(map(encoder.handles, items))
             return encoder.encode_queries(items) if encoder is not None and able else None
 
