@@ -233,8 +233,8 @@ GROWTH = """
 ## What it costs as it grows
 
 `python -m benchmarks.vq_growth`: `distillvq:M=24,refine=20` over int8 rows in shards on disk, as many lists as the
-power of two nearest the square root. The vectors are those of real texts and, beyond them, mixtures of two; queries
-are real. Building reads the shards, learns from the train and dev queries of the two collections, and adds the
+power of two nearest the square root. The vectors are those of all real sentences and, beyond them, mixtures of two;
+queries are real. Building reads the shards, learns from the train and dev queries of all collections, and adds the
 vectors. Searches are of one query on one thread, rescored on 200 of the stored rows; resident memory is what index and
 rows add to the process, codebooks and the pages of rows that were read included. Beside it is an IVFPQ of the same
 shape that FAISS trained, both without rescoring. Clock times are of a machine that was busy with other work; those of

@@ -188,7 +188,7 @@ class Encoder(Protocol):
         """(N, D). Every item must be handled."""
 
     def as_queries(self, side: Side, vectors: Matrix) -> Matrix:
-        """(N, D) that documents ask with whose vectors of this side are `vectors`; the same ones where it can."""
+        """(N, D) what documents ask with whose stored vectors of this side are `vectors`."""
 
 
 class Scorer(Protocol):
