@@ -37,7 +37,7 @@ FITTED = ("opq+ivfpq", "rabitq", "sq4", "sq8", "ivfpq")  # to the documents alon
 LEARNED = ("distill", "turned", "distill, log", "distill, labels", "contrastive, labels", "contrastive, few labels",
            "distill, plain", "distill, 4 bits")  # fmt: skip
 FEW = 64
-SAMPLE = 32_768  # documents that what learns starts from, as in the product
+SAMPLE = 131_072  # documents that what learns starts from, as in the product
 START = {"few labels": ""}  # whose start they share: the queries that all have
 METHODS = (*FITTED, *LEARNED)
 RECIPE = Recipe()
