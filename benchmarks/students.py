@@ -203,8 +203,8 @@ distilled.
 `scifact-cprd` comes from `encoders/recipes/scifact-cprd.toml`: two of six layers learn, in ten minutes on one core,
 from the same claims, and a teacher, the hybrid of BM25 and the untouched tower, orders three mined abstracts of each.
 `scifact-cprd without its teacher` is the same recipe with `cprd = 0.0`. The held-out claims chose it, one run each
-with three layers learning: no teacher 0.669, KL to the hybrid beside the labels 0.668, KL alone (three epochs, not two)
-0.675, CPRD 0.675, among the candidates that training judges by.
+with three layers learning: no teacher 0.669, KL to the hybrid beside the labels 0.668, KL alone (three epochs, not
+two) 0.675, CPRD 0.675, among the candidates that training judges by.
 
 `scifact-cross` is the tower `scifact-text` with the cross-encoder of that name behind it
 (`encoders/recipes/scifact-cross.toml`, one seed): three layers read claim and abstract apart, three together.
