@@ -66,7 +66,7 @@ differs. Each arm chooses its temperature from 0.02, 0.05, 0.1 and 0.2, and one 
 are then measured on queries that nothing was chosen on. Differences are against the arm without a teacher at *its*
 best temperature: means over seeds, with a 95 % paired bootstrap interval over queries, and in how many of the five
 seeds the arm was better. Where an interval includes 0, nothing was shown. A distilling arm reads 16 candidates of each
-of 32 queries a step. End-to-end results are in [results](results.md).
+of 32 queries a step. End-to-end results are in [text towers](students.md).
 """
 
 
