@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from benchmarks.vq_data import MILLION, OVERLAP, SENTENCES, SPACES, Asked, Space, space
 from indexers.distill_vq import Lesson, Recipe, distill, lesson
+from indexers.kinds import SAMPLE_ROWS
 from indexers.product import Quantizers, empty_index, face, fitted, spread
 from indexers.scan import Stored, nearest
 
@@ -37,8 +38,8 @@ FITTED = ("opq+ivfpq", "rabitq", "sq4", "sq8", "ivfpq")  # to the documents alon
 LEARNED = ("distill", "turned", "distill, log", "distill, labels", "contrastive, labels", "contrastive, few labels",
            "distill, plain", "distill, 4 bits")  # fmt: skip
 FEW = 64
-SAMPLE = 131_072  # documents that what learns starts from, as in the product
-START = {"few labels": ""}  # whose start they share: the queries that all have
+WINDOWS = ("plain", "4 bits")  # learn from the windows, as "" does
+START = {"labels": "log", "few labels": "", "4 bits": ""}  # whose start they share: the same queries, or those of all
 METHODS = (*FITTED, *LEARNED)
 RECIPE = Recipe()
 _IP = untyped_faiss.METRIC_INNER_PRODUCT
@@ -160,7 +161,7 @@ def made(held: Space, method: str, size: int, seed: int) -> Any:
         coded = faiss.IndexIVFScalarQuantizer(faiss.IndexFlatIP(kept), kept, lists, bits, _IP)
         return _trained(faiss.PCAMatrix(dim, kept), coded, documents, seed)
     source = method.partition(", ")[2]
-    taught = lesson_of(held.name, source)
+    taught = lesson_of(held.name, "" if source in WINDOWS else source)
     if taught is None:
         return None
     codes, bits = (2 * size, 4) if source == "4 bits" else (size, 8)
@@ -239,7 +240,7 @@ def started(name: str, codes: int, seed: int, source: str, bits: int) -> Quantiz
     """Where all that learn from these queries start."""
     taught = None if source == "plain" else lesson_of(name, source)
     documents = space_of(name).documents
-    sample = documents[spread(len(documents), SAMPLE)]
+    sample = documents[spread(len(documents), SAMPLE_ROWS)]
     return fitted(sample, codes, shape(name)[0], seed, None if taught is None else taught.queries, bits)
 
 
@@ -247,7 +248,7 @@ def started(name: str, codes: int, seed: int, source: str, bits: int) -> Quantiz
 def lesson_of(name: str, source: str) -> Lesson | None:
     """Train queries with the documents they are labelled with, or as a log without labels; else windows."""
     held = space_of(name)
-    if source in ("", "plain", "4 bits"):
+    if not source:
         return lesson(Stored([held.documents]), held.windows, RECIPE.best, _quiet)
     asked = held.asked.get("train")
     if asked is None:

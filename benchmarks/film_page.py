@@ -113,9 +113,6 @@ class Changed:
     def encode_documents(self, items: Sequence[Item]) -> Matrix:
         return self.encoder.encode_documents([self._changed(item) for item in items])
 
-    def encode_queries(self, items: Sequence[Item]) -> Matrix:
-        return self.encoder.encode_queries([self._changed(item) for item in items])
-
     def _changed(self, item: Item) -> Item:
         if item.image is None:
             return item

@@ -120,21 +120,32 @@ def _task(encoder: Encoder, folder: Path, measure: str, held: dict[str, Matrix])
     source = read_source(folder)
     documents = [d for d in source.documents() if isinstance(d, Document)]
     queries = source.queries()
-    asked = _vectors(encoder, [query.parts[0] for query in queries], held, asks=True)
-    found = _ranked([d.id for d in documents], queries, _vectors(encoder, documents, held), asked)
+    found = _ranked(
+        [d.id for d in documents], queries, _vectors(encoder, documents, held), _asked(encoder, queries, held)
+    )
     result = evaluate(found, source.qrels(), [measure], drop_identical_ids=folder.name == "image_images")
     return Figure(result.means[measure], *result.intervals[measure])
 
 
-def _vectors(encoder: Encoder, items: Sequence[Item], held: dict[str, Matrix], asks: bool = False) -> Matrix:
-    """(N, D), of queries where they ask; what several tasks share is encoded once."""
+def _vectors(encoder: Encoder, items: Sequence[Item], held: dict[str, Matrix]) -> Matrix:
+    """(N, D); what several tasks share is encoded once."""
     single = [_alone(item) for item in items]
-    keys = [f"{'asks ' if asks else ''}{item.image or item.text}" for item in single]
+    keys = [str(item.image or item.text) for item in single]
     fresh = {key: item for key, item in zip(keys, single, strict=True) if key not in held}
     if fresh:
-        encode = encoder.encode_queries if asks else encoder.encode_documents
-        held.update(zip(fresh, encode(list(fresh.values())), strict=True))
+        held.update(zip(fresh, encoder.encode_documents(list(fresh.values())), strict=True))
     return np.stack([held[key] for key in keys])
+
+
+def _asked(encoder: Encoder, queries: Sequence[Query], held: dict[str, Matrix]) -> Matrix:
+    """(Q, D) of queries that are all words or all pictures; pictures are not encoded again."""
+    items = [query.parts[0] for query in queries]
+    texts = [item for item in items if item.image is None]
+    fresh = [item.text for item in texts if item.text not in held]
+    if fresh:
+        held.update(zip(fresh, encoder.encode_queries([Item(text=text) for text in fresh]), strict=True))
+    vectors = _vectors(encoder, items, held)
+    return vectors if texts else encoder.as_queries("image", vectors)
 
 
 def _alone(item: Item) -> Item:

@@ -108,16 +108,15 @@ def _by_retriever(runs: Mapping[str, Run], qrels: Qrels) -> dict[str, dict[str, 
 def differences() -> dict[str, Any]:
     """Arm -> set of queries -> retriever -> its difference from the arm without a teacher, over the seeds of both."""
     out: dict[str, Any] = {}
+    kept = {path.stem: json.loads(path.read_text("utf-8")) for path in KEPT.glob("*.json")}
     for arm, plain in AGAINST.items():
-        kept = {path.stem: json.loads(path.read_text("utf-8")) for path in KEPT.glob("*.json")}
         seeds = sorted(name.partition(SEED)[2] for name in kept if name.startswith(arm + SEED))
         seeds = [seed for seed in seeds if plain + SEED + seed in kept]
         for part in SETS if seeds else ():
             for leg in RETRIEVERS[:2]:
+                queries = sorted(kept[arm + SEED + seeds[0]][part][leg])
                 ours, theirs = (
-                    np.array(
-                        [list(dict(sorted(kept[name + SEED + seed][part][leg].items())).values()) for seed in seeds]
-                    )
+                    np.array([[kept[name + SEED + seed][part][leg][query] for query in queries] for seed in seeds])
                     for name in (arm, plain)
                 )
                 found = difference(ours, theirs)._asdict() | {"seeds": len(seeds)}

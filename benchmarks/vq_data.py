@@ -66,7 +66,8 @@ def space(name: str) -> Space:
         )
         for part, entry in about["asked"].items()
     }
-    return Space(name, np.load(kept / "documents.npy"), np.load(kept / "windows.npy"), asked, about["measure"])
+    learned_from = [np.load(kept / file) for file in ("windows.npy", "pictures.npy") if (kept / file).exists()]
+    return Space(name, np.load(kept / "documents.npy"), np.concatenate(learned_from), asked, about["measure"])
 
 
 def mixtures(rows: Matrix, count: int, rng: np.random.Generator) -> Matrix:
@@ -118,9 +119,9 @@ def _encode(name: str, kept: Path) -> None:
         }
     _saved(kept / "windows.npy", encoder.encode_queries, [Item(text=window) for window in cut])
     if name == "iu_xray":  # as the product learns an index of pictures
-        films, asked = np.load(kept / "documents.npy"), np.load(kept / "windows.npy")
-        some = films[spread(len(films), len(asked) // PICTURES)]
-        np.save(kept / "windows.npy", np.concatenate([asked, encoder.as_queries("image", some)]))
+        films = np.load(kept / "documents.npy")
+        some = films[spread(len(films), len(cut) // PICTURES)]
+        np.save(kept / "pictures.npy", encoder.as_queries("image", some))
     measure = {"roco_captions": "R@10", SENTENCES: OVERLAP}.get(name, "nDCG@10")
     (kept / "asked.json").write_text(json.dumps({"measure": measure, "asked": about}))
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import faiss as untyped_faiss
 import numpy as np
@@ -27,6 +27,8 @@ faiss: Any = untyped_faiss  # its stubs lack half of what it has
 LINKS = 32  # of a graph node, on the lowest level twice as many
 EF_BUILD = 100
 EF_SEARCH = (32, 64, 128, 256, 512)  # tried in this order until the recall is high enough
+SAMPLE_ROWS = 131_072  # that lists and codes are trained on: 512 for each of 256 codewords
+ROWS_PER_LIST = 39  # where that is more: what FAISS asks for
 DRAWN = 2  # vectors around each stored one, where there are no queries to learn from
 _IP = untyped_faiss.METRIC_INNER_PRODUCT
 
@@ -44,6 +46,7 @@ class Graph:
 
     make: Callable[[int], Any]
     oversample: int
+    sample_rows: ClassVar[int] = 32_768  # to train on; only codes of a few bits need any
 
     def train(self, sample: Matrix) -> Trained:
         index = self.make(sample.shape[1])
@@ -67,6 +70,11 @@ class Lists:
     """Inverted lists of product-quantized residuals, after a rotation."""
 
     spec: Spec
+
+    @property
+    def sample_rows(self) -> int:
+        """Rows to train on, where there are as many."""
+        return max(SAMPLE_ROWS, ROWS_PER_LIST * self.spec.keys["nlist"])
 
     def train(self, sample: Matrix) -> Trained:
         fit, notes = self._fitted(sample, None)

@@ -58,8 +58,6 @@ _OF_THE_BEST = 0.99  # of the recall that visiting every list reaches
 _HELD_OUT = 256
 _TIMED = 32  # queries
 _MEASURED_K = 10
-_SAMPLE_ROWS = 131_072  # of training: 512 for each of 256 codewords
-_ROWS_PER_LIST = 39  # of training, where that is more: what FAISS asks for
 _WORTH_THREADS = 16_384  # rows; below, threads of a build mostly wait for each other
 _ADDED_ROWS = 4_096  # at once: how often progress is told
 
@@ -153,8 +151,7 @@ class SideIndex:
             if isinstance(kind, Distilled) and like is not None and like._codes is not None:
                 index, notes = kind.like(like._codes.index), like.measured.notes
             else:
-                wanted = max(_SAMPLE_ROWS, _ROWS_PER_LIST * spec.keys.get("nlist", 0))
-                sample = stored.gather(spread(seen, wanted))
+                sample = stored.gather(spread(seen, kind.sample_rows))
                 if isinstance(kind, Distilled):
                     index, notes = kind.teach(sample, stored.until(seen), learning, progress)
                 else:

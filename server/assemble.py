@@ -108,11 +108,12 @@ class Models:
 
         def ask(space: str, asked: Sequence[str] | Matrix) -> Matrix | None:
             encoder = self.encoders(config)[0].get(space)
+            if encoder is None:
+                return None
             if isinstance(asked, np.ndarray):
-                return None if encoder is None else encoder.as_queries("image", asked)
+                return encoder.as_queries("image", asked)
             items = [Item(text=text) for text in asked]
-            able = encoder is not None and items and all(map(encoder.handles, items))
-            return encoder.encode_queries(items) if encoder is not None and able else None
+            return encoder.encode_queries(items) if items and all(map(encoder.handles, items)) else None
 
         return ask
 
