@@ -1,9 +1,9 @@
 """What a `distillvq` side costs as it grows: learning, adding, searching, memory.
 
-``python -m benchmarks.vq_growth [--sizes 10000,100000,1000000]`` adds what is missing to docs/distill_vq.json;
-``python -m benchmarks.distill_vq --draw`` draws it. The vectors are those of 0.14 million real sentences (384
-dimensions) and, beyond them, mixtures of two; stored as int8 rows in shards on disk: 3.9 GB for ten million.
-Learning and searching are processes of their own, so that the memory each is charged with is its own.
+``python -m benchmarks.vq_growth [--sizes 10000,100000,1000000] [--bits 8,4]`` adds what is missing to
+docs/distill_vq.json; ``python -m benchmarks.distill_vq --draw`` draws it. The vectors are those of 0.14 million real
+sentences (384 dimensions) and, beyond them, mixtures of two; stored as int8 rows in shards on disk: 3.9 GB for ten
+million. Learning and searching are processes of their own, so that the memory each is charged with is its own.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from retrieval.types import Matrix
 
 faiss: Any = untyped_faiss
 
-M, REFINE, K = 24, 20, 10
+BYTES, REFINE, K = 24, 20, 10
 SHARD = 1 << 18
 ASKED = 300  # queries of the search
 COMPARED = 1 << 17  # vectors up to which FAISS makes one as well
@@ -39,19 +39,22 @@ _IP = untyped_faiss.METRIC_INNER_PRODUCT
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", default="10000,100000,1000000")
+    parser.add_argument("--bits", default="8,4", help="of a code; there are as many codes as fill the bytes")
     parser.add_argument("--step", choices=("learn", "search"), help="one step of one size, in this process")
     given = parser.parse_args()
     for size in map(int, given.sizes.split(",")):
         folder = FOLDER / "growth" / str(size)
-        if given.step:
-            print(json.dumps(_learn(folder, size) if given.step == "learn" else _search(folder)))
-        elif f"growth|{size}" not in known():
-            _write_shards(folder, size)
-            record(f"growth|{size}", {**_apart("learn", size), **_apart("search", size)})
+        for bits in map(int, given.bits.split(",")):
+            if given.step:
+                print(json.dumps(_learn(folder, size, bits) if given.step == "learn" else _search(folder, bits)))
+            elif f"growth|{bits}|{size}" not in known():
+                _write_shards(folder, size)
+                record(f"growth|{bits}|{size}", {**_apart("learn", size, bits), **_apart("search", size, bits)})
 
 
-def _apart(step: str, size: int) -> dict[str, Any]:
-    command = [sys.executable, "-m", "benchmarks.vq_growth", "--step", step, "--sizes", str(size)]
+def _apart(step: str, size: int, bits: int) -> dict[str, Any]:
+    shape = ["--sizes", str(size), "--bits", str(bits)]
+    command = [sys.executable, "-m", "benchmarks.vq_growth", "--step", step, *shape]
     told = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     print(told, end="", flush=True)
     return dict(json.loads(told.splitlines()[-1]))
@@ -94,9 +97,13 @@ def _lists(size: int) -> int:
     return int(2 ** round(np.log2(size) / 2))
 
 
-def _learn(folder: Path, size: int) -> dict[str, Any]:
+def _codes(bits: int) -> int:
+    return BYTES * 8 // bits
+
+
+def _learn(folder: Path, size: int, bits: int) -> dict[str, Any]:
     """Seconds of every phase, by the clock and of the processor, and the most memory that was resident."""
-    spec = parse_spec(f"distillvq:M={M},nlist={_lists(size)},refine={REFINE}")
+    spec = parse_spec(f"distillvq:M={_codes(bits)},nlist={_lists(size)},bits={bits},refine={REFINE}")
     seconds: dict[str, float] = {}
     last = (time.perf_counter(), "train")
 
@@ -110,7 +117,7 @@ def _learn(folder: Path, size: int) -> dict[str, Any]:
     used, start = time.process_time(), time.perf_counter()
     side = SideIndex.build(_shards(folder), spec, told, _asked("train", "dev"))
     told("", 0, None)
-    side.save(folder)
+    side.save(folder / str(bits))
     return {
         "spec": str(spec),
         "real": min(size, len(space(SENTENCES).documents)),
@@ -124,12 +131,12 @@ def _learn(folder: Path, size: int) -> dict[str, Any]:
     }
 
 
-def _search(folder: Path) -> dict[str, Any]:
+def _search(folder: Path, bits: int) -> dict[str, Any]:
     """One query at a time on one thread; overlap with exact search; the rate beside FAISS's own IVFPQ."""
     asked = np.array(_asked("test")[:ASKED])
     before = _resident()
     chunks = _shards(folder)
-    side = SideIndex.load(folder, chunks)
+    side = SideIndex.load(folder / str(bits), chunks)
     with threads(1):
         side.search(asked[:8], K)
         took, used = [], time.process_time()
@@ -154,10 +161,11 @@ def _search(folder: Path) -> dict[str, Any]:
 
 
 def _rates(side: SideIndex, stored: Stored, asked: Matrix) -> dict[str, float]:
-    """Queries a second of the processor, codes alone, here and of an IVFPQ that FAISS trained; the best of five."""
+    """Queries a second of the processor, codes alone, here and of that form as FAISS trains it; the best of five."""
     assert side._codes is not None
-    lists, dim = side.spec.keys["nlist"], stored.dim
-    inverted = faiss.IndexIVFPQ(faiss.IndexFlatIP(dim), dim, lists, M, 8, _IP)
+    lists, dim, bits = side.spec.keys["nlist"], stored.dim, side.spec.bits
+    form = faiss.IndexIVFPQ if bits == 8 else faiss.IndexIVFPQFastScan
+    inverted = form(faiss.IndexFlatIP(dim), dim, lists, _codes(bits), bits, _IP)
     inverted.pq.cp.niter = inverted.cp.niter = 4  # how well it fits is not what is measured
     inverted.pq.cp.min_points_per_centroid = inverted.cp.min_points_per_centroid = 1
     turn = faiss.RandomRotationMatrix(dim, dim)
