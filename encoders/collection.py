@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -166,9 +166,14 @@ def best(scores: Matrix, k: int) -> NDArray[np.int64]:
 
 def ndcg(scores: Matrix, asked: Sequence[Asked]) -> float:
     """Mean nDCG@10 of (Q, N) scores, by the measure that every result here is reported in."""
+    return graded_ndcg(scores, [dict.fromkeys(query.relevant, 1) for query in asked])
+
+
+def graded_ndcg(scores: Matrix, grades: Sequence[Mapping[int, int]]) -> float:
+    """The same for grades by column, one mapping a row."""
     top = best(scores, 10)
     run = {str(q): Ranking(Hit(str(n), float(scores[q, n])) for n in row) for q, row in enumerate(top.tolist())}
-    qrels = {str(q): {str(n): 1 for n in query.relevant} for q, query in enumerate(asked)}
+    qrels = {str(q): {str(n): grade for n, grade in row.items()} for q, row in enumerate(grades)}
     return evaluate(run, qrels, ["nDCG@10"]).means["nDCG@10"]
 
 

@@ -37,6 +37,7 @@ _DENIAL = re.compile(
 class Study:
     uid: str
     report: str  # findings and impression
+    sections: tuple[str, str]  # the same apart; one of them may be empty
     sentences: tuple[str, ...]
     films: tuple[Path, ...]
     frontal: tuple[bool, ...]  # one per film
@@ -71,7 +72,7 @@ def read_studies(folder: Path, part: str = "train") -> list[Study]:
 def _study(line: str, number: int, folder: Path) -> Study | None:
     try:
         row = json.loads(line)
-        uid, bodies = str(row["uid"]), [str(row[name] or "") for name in ("findings", "impression")]
+        uid, bodies = str(row["uid"]), (str(row["findings"] or ""), str(row["impression"] or ""))
         films = tuple(folder / str(image["file"]) for image in row["images"])
         frontal = tuple(image["projection"] == "Frontal" for image in row["images"])
     except (ValueError, KeyError, TypeError) as error:
@@ -81,7 +82,7 @@ def _study(line: str, number: int, folder: Path) -> Study | None:
     report = " ".join(filter(None, bodies)).strip()
     if not report or not films:
         return None
-    return Study(uid, report, tuple(s for body in bodies for s in sentences(body)), films, frontal)
+    return Study(uid, report, bodies, tuple(s for body in bodies for s in sentences(body)), films, frontal)
 
 
 def sentences(text: str) -> list[str]:

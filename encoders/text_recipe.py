@@ -119,17 +119,49 @@ class CutRecipe(Digested):
     schedule: Pace
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Studies:
+    """Reports of a folder as a film tower reads it. A relative `source` lies under LIGHTBOX_DATA."""
+
+    source: str
+    part: str = "train"  # a fifth of the studies, cut by a hash of the id, is kept for evaluation; "all" takes both
+    sentences: int = 1  # drawn from each report of a batch
+    names: int = 1  # of findings of each, as the ontology has them
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReportLoss:
+    """UniME's first stage with an ontology for a teacher, and what there is without one."""
+
+    relations: float = 1.0  # similarities within the batch distributed as the teacher's
+    contrast: float = 0.0  # InfoNCE: findings and impression of one report belong together
+    temperature: float = 0.1
+    teacher: float = 0.2  # temperature of the teacher
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReportRecipe(Digested):
+    """A text tower learns which reports are alike."""
+
+    kind: str
+    data: Studies
+    student: Start = field(default_factory=Start)
+    loss: ReportLoss = field(default_factory=ReportLoss)
+    schedule: Pace
+
+
 _LIMITS = Limits(
     {
         **PACE.ranges,
-        "data.held_out": (0, 0.9), "data.share": (0, 1), "data.sentences": (0, 100), "data.limit": (1, 10_000_000),
+        "data.held_out": (0, 0.9), "data.share": (0, 1), "data.sentences": (0, 100), "data.names": (0, 100),
+        "data.limit": (1, 10_000_000),
         "student.tokens": (0, 8192), "student.frozen": (0, 1000),
         "teacher.depth": (2, 1000), "teacher.weight": (0, 1), "teacher.temperature": (0.001, 10),
         "loss.contrast": (0, 100), "loss.distil": (0, 100), "loss.cprd": (0, 100), "loss.temperature": (0.001, 10),
         "loss.negatives": (0, 100), "loss.chunk": (0, 1_000_000), "loss.depth": (1, 1000), "loss.made": (0, 100),
-        "loss.relations": (0, 100), "loss.vectors": (0, 100),
+        "loss.relations": (0, 100), "loss.vectors": (0, 100), "loss.teacher": (0.001, 10),
     },
-    {**PACE.choices, "kind": ("text", "cross", "cut")},
+    {**PACE.choices, "kind": ("text", "cross", "cut", "reports"), "data.part": ("train", "all")},
 )  # fmt: skip
 
 
@@ -163,4 +195,12 @@ def read_cut(path: Path) -> CutRecipe:
         raise InputError("student.layers names no layer; a cut student keeps some of its base's", "student.layers")
     if not plan.loss.relations + plan.loss.vectors:
         raise InputError("loss.relations and loss.vectors are both 0; nothing would be learned", "loss")
+    return plan
+
+
+def read_reports(path: Path) -> ReportRecipe:
+    """The recipe of a text tower for reports. Raises as `read_text` does."""
+    plan: ReportRecipe = read_as(ReportRecipe, path, _LIMITS)
+    if not plan.loss.relations + plan.loss.contrast:
+        raise InputError("loss.relations and loss.contrast are both 0; nothing would be learned", "loss")
     return plan

@@ -28,7 +28,7 @@ from torch import Tensor, distributed, nn
 from encoders.recipe import Pace, kind_of
 from encoders.saving import folder_made, load, save, write_json
 from retrieval.errors import BackendError, InputError
-from retrieval.types import Encoder, Linker, Progress
+from retrieval.types import Encoder, Likeness, Linker, Progress
 
 CHECKPOINT = "checkpoint.safetensors"
 
@@ -79,13 +79,18 @@ class Course(Protocol):
 
 
 def train(
-    recipe: Path, out: Path | None, progress: Progress, text: Encoder | None = None, linker: Linker | None = None
+    recipe: Path,
+    out: Path | None,
+    progress: Progress,
+    text: Encoder | None = None,
+    linker: Linker | None = None,
+    alike: Likeness | None = None,
 ) -> Path:
     """Train by the recipe, or go on where a run of it was stopped; the folder that holds the weights.
 
     out: None means `runs/<name of the recipe>`. text: the frozen text encoder of a film tower, None for the packaged
-    one. linker: what reads its findings in the reports. Under `torchrun` every process learns from its own draw and
-    the gradients are averaged.
+    one. linker: what reads findings in reports. alike: how alike the findings of two texts are. Under `torchrun` every
+    process learns from its own draw and the gradients are averaged.
     Raises InputError for a bad recipe or data, BackendError where the loss stops being a number or the weights
     cannot be written.
     """
@@ -96,6 +101,10 @@ def train(
             from encoders.joined import train_members
 
             return train_members(recipe, folder, cache, progress, text, linker)
+        if kind == "reports":
+            from encoders.report_course import report_course
+
+            return Run(report_course(recipe, linker, alike), folder, progress).to_the_end()
         return Run(_course(kind, recipe, cache, progress), folder, progress).to_the_end()
 
 
@@ -116,7 +125,7 @@ def _course(kind: str, recipe: Path, cache: Path, progress: Progress) -> Course:
         from encoders.unime_course import unime_course
 
         return unime_course(recipe, cache, progress)
-    raise InputError(f"kind is {kind!r}; it must be one of film, text, cross, cut, unime", "kind")
+    raise InputError(f"kind is {kind!r}; it must be one of film, text, cross, cut, unime, reports", "kind")
 
 
 class Run:

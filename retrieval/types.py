@@ -231,6 +231,10 @@ FindingsScore = Callable[[Part, Postings], NDArray[np.float32]]
 """(N,) scores of all rows for one query part; 0 means no match. See `ontology.tversky`."""
 
 
+Likeness = Callable[[Sequence[Sequence[Finding]], Sequence[Sequence[Finding]]], NDArray[np.float32]]
+"""(Q, N) how alike the findings of two lists of texts are. See `ontology.tversky`."""
+
+
 class SpaceInfo(NamedTuple):
     """What a collection knows of a space. A vector made by other digests is refused."""
 

@@ -9,6 +9,7 @@ import json
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, cast
 
@@ -22,6 +23,7 @@ from retrieval.types import (
     FindingsScore,
     ImageSource,
     Item,
+    Likeness,
     Linker,
     Matrix,
     Picture,
@@ -219,6 +221,18 @@ class Models:
             from ontology.tversky import findings_score
 
             return findings_score(linker)
+
+        return lazily(load)
+
+    def likeness(self, linker: Linker | None) -> Likeness | None:
+        """How alike the findings of reports are: what teaches a text tower."""
+        if linker is None:
+            return None
+
+        def load() -> Likeness:
+            from ontology.tversky import measure, tversky_matrix
+
+            return partial(tversky_matrix, by=measure(linker))
 
         return lazily(load)
 

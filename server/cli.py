@@ -314,7 +314,9 @@ def train(
     from server.assemble import Config
 
     with terminal.progress() as progress:
-        run_recipe(recipe, out, progress, linker=_home().models.linker(Config.given()))
+        models = _home().models
+        linker = models.linker(Config.given())
+        run_recipe(recipe, out, progress, linker=linker, alike=models.likeness(linker))
 
 
 @app.command()

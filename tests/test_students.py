@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +25,16 @@ from encoders.collection import (
     read_collection,
     reranked,
 )
+from encoders.report_course import report_course
 from encoders.student import Student
+from encoders.studies import read_studies
 from encoders.train import train
+from ontology.tversky import Index, Measure, tversky_matrix
 from retrieval.errors import BackendError, InputError
+from tests.fakes import WordLinker
 from tests.test_text import tiny_bert
 
+QUERY = "encoder.layer.1.attention.self.query.weight"
 WORDS = ["left", "lung", "effusion", "clear"]
 
 
@@ -241,6 +248,75 @@ def test_a_cut_student_nears_its_teacher(place: Path, base: Path, monkeypatch: p
     assert figures[-1] > figures[0]
     config = json.loads((folder / "config.json").read_text())
     assert config["num_hidden_layers"] == 1
+
+
+ALIKE = partial(tversky_matrix, by=Measure(Index(), lambda concept: (), lambda concept: ()))
+
+
+@pytest.fixture
+def reports(place: Path, base: Path) -> Path:
+    """A recipe over 240 studies of two sections; what they say of three of the words is all that is alike in them."""
+    draw, rows = np.random.default_rng(0), []
+    for n in range(240):
+        sections = [" ".join(draw.choice(WORDS, 2)) + "." for _ in range(2)]
+        films = [{"file": f"{n}.png", "projection": "Frontal"}]
+        rows.append({"uid": f"u{n}", "findings": sections[0], "impression": sections[1], "images": films})
+    folder = place / "films"
+    folder.mkdir()
+    (folder / "reports.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = place / "reports.toml"
+    path.write_text(
+        f'kind = "reports"\n[data]\nsource = "films"\n[student]\nbase = "{base}"\nfrozen = 1\n[loss]\n'
+        "relations = 1.0\n[schedule]\nepochs = [8]\nbatch = 32\nrate = 1e-2\n"
+    )
+    return path
+
+
+def test_a_tower_for_reports_learns_which_are_alike(reports: Path, place: Path) -> None:
+    untouched = report_course(reports, WordLinker(WORDS[1:]), ALIKE).judge()["dev"]
+    folder = train(reports, place / "out", quiet, linker=WordLinker(WORDS[1:]), alike=ALIKE)
+    told = lineage(folder)
+    assert told["epochs"][-1]["dev"] > untouched + 0.05
+    assert told["reports"] + told["dev_reports"] == len(read_studies(place / "films"))
+    again = train(reports, place / "again", quiet, linker=WordLinker(WORDS[1:]), alike=ALIKE)
+    assert lineage(again)["epochs"][-1]["dev"] == told["epochs"][-1]["dev"]
+    other = train(reports, place / "other", quiet, linker=WordLinker(WORDS[:-1]), alike=ALIKE)
+    assert not np.array_equal(*(load_file(f / "model.safetensors")[QUERY] for f in (folder, other)))  # it is taught
+
+
+def test_a_tower_for_reports_learns_without_a_teacher_too(reports: Path, place: Path) -> None:
+    reports.write_text(reports.read_text().replace("relations = 1.0", "relations = 0.0\ncontrast = 1.0"))
+    folders = [train(reports, place / str(n), quiet, linker=WordLinker(WORDS[n : n + 3]), alike=ALIKE) for n in (0, 1)]
+    losses = [[epoch["loss"] for epoch in lineage(folder)["epochs"]] for folder in folders]
+    assert losses[0] == losses[1]
+    assert losses[0][-1] < losses[0][0]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("relations = 1.0", "relations = 0.0", "both 0; nothing would be learned"),
+        ("relations = 1.0", "relations = 1.0\nteacher = 0", r"loss\.teacher is 0; it must lie between"),
+        ('source = "films"', 'source = "nowhere"', r"no reports\.jsonl in nowhere|no reports\.jsonl in .*nowhere"),
+        ('source = "films"', 'source = "films"\npart = "dev"', r"data\.part is 'dev'; it must be one of train, all"),
+        ("batch = 32", "batch = 512", "reports to learn from and .* to judge by"),
+        ("frozen = 1", "frozen = 2", "one must learn"),
+        ('"films"', '"silent"', "nothing to judge by"),
+    ],
+)
+def test_a_bad_recipe_for_reports_is_refused(reports: Path, place: Path, old: str, new: str, message: str) -> None:
+    reports.write_text(reports.read_text().replace(old, new))
+    lines = (place / "films" / "reports.jsonl").read_text()
+    (place / "silent").mkdir()
+    (place / "silent" / "reports.jsonl").write_text(re.sub("lung|left|effusion|clear", "nothing", lines))
+    with pytest.raises(InputError, match=message):
+        train(reports, place / "out", quiet, linker=WordLinker(WORDS), alike=ALIKE)
+    assert not (place / "out" / "model.safetensors").exists()
+
+
+def test_a_tower_for_reports_needs_what_reads_them(reports: Path, place: Path) -> None:
+    with pytest.raises(InputError, match="needs a linker"):
+        train(reports, place / "out", quiet)
 
 
 def test_chunks_give_the_gradient_of_the_whole_batch_dropout_included(base: Path) -> None:
