@@ -36,7 +36,7 @@ from benchmarks.methods_arms import (
     measured,
     trained,
 )
-from benchmarks.methods_features import KEPT, claims, pictures, reports, reworded
+from benchmarks.methods_features import KEPT, claims, cranfield, pictures, reports, reworded
 from benchmarks.methods_fusion import matcher
 from benchmarks.methods_measure import difference
 from benchmarks.methods_page import PAGE, write_page
@@ -227,7 +227,7 @@ def _beta(arm: str) -> float | None:
 
 
 MEASURED: dict[str, Any] = {
-    "abstracts": lambda runs: ranked("abstracts", Abstracts(claims()), runs),
+    "abstracts": lambda runs: ranked("abstracts", Abstracts(claims(), graded=cranfield()), runs),
     "alike": lambda runs: ranked("alike", Alike(reports()), runs),
     "sections": sections,
     "boosting": boosting,

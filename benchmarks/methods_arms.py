@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from benchmarks.methods_features import KEPT, Claims, Pictures, Reports
+from benchmarks.methods_features import KEPT, Claims, Graded, Pictures, Reports
 from benchmarks.methods_measure import Values, ndcg, rank
 from encoders.contrastive import info_nce, kl_loss, same, symmetric
 from encoders.cprd import cprd_loss, listmle_loss
@@ -188,8 +188,8 @@ class Abstracts:
 
     shared = False
 
-    def __init__(self, claims: Claims, teacher: Scorer | None = None) -> None:
-        self.claims, self.dim = claims, claims.queries.shape[1]
+    def __init__(self, claims: Claims, teacher: Scorer | None = None, graded: Graded | None = None) -> None:
+        self.claims, self.dim, self.graded = claims, claims.queries.shape[1], graded
         self.queries, self.documents = torch.from_numpy(claims.queries), torch.from_numpy(claims.documents)
         self.relevant = torch.from_numpy(claims.grades > 0)
         self.rows = {part: np.flatnonzero(claims.part == part) for part in ("fit", "validate", "test")}
@@ -253,10 +253,17 @@ class Abstracts:
         asked, documents = heads.left(self.queries[rows]), heads.right(self.documents)
         student = torch.einsum("bd,bkd->bk", asked, documents[self.pools["hard"][rows]]).numpy()
         agreement = reliability(student, _order(self.scores["hard"][rows].numpy()))
-        return {
+        found = {
             "nDCG@10": ndcg((asked @ documents.T).numpy(), self.claims.grades[rows]),
             "agreement": agreement.per_query,
         }
+        if self.graded is not None and part == "test":
+            left, right = (torch.from_numpy(side) for side in (self.graded.queries, self.graded.documents))
+            order = reliability(
+                (heads.left(left) @ heads.right(right).T).numpy(), self.graded.grades, self.graded.unjudged
+            )
+            found["order on Cranfield"] = order.per_query
+        return found
 
 
 def _order(scores: NDArray[Any]) -> NDArray[np.int64]:

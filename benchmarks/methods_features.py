@@ -47,6 +47,15 @@ class Claims(NamedTuple):
     contents: list[Document]
 
 
+class Graded(NamedTuple):
+    """Cranfield: another collection, whose grades say how relevant an abstract is; nothing learns from it."""
+
+    documents: Matrix  # (N, D)
+    queries: Matrix  # (Q, D)
+    grades: NDArray[np.int64]  # (Q, N)
+    unjudged: NDArray[np.bool_]  # (Q, N)
+
+
 class Reports(NamedTuple):
     """The Indiana reports. part: "fit" and "validate" are of train, "dev" is the unseen fifth."""
 
@@ -87,6 +96,25 @@ def claims() -> Claims:
         part=np.array(["test" if q.id in judged["test"] else _part(q.id, 5) for q in queries]),
         texts=texts,
         contents=documents,
+    )
+
+
+def cranfield() -> Graded:
+    source = read_source(data() / "cranfield")
+    documents = [d for d in source.documents() if isinstance(d, Document) and d.content.strip()]
+    row = {document.id: n for n, document in enumerate(documents)}
+    judged = source.qrels("test")
+    queries = [query for query in source.queries() if query.id in judged]
+    grades = np.full((len(queries), len(documents)), -1, np.int64)
+    for n, query in enumerate(queries):
+        for document, grade in judged[query.id].items():
+            if document in row:
+                grades[n, row[document]] = grade
+    return Graded(
+        documents=_vectors("documents of cranfield", [Item(text=d.content) for d in documents]),
+        queries=_vectors("queries of cranfield", [Item(text=q.parts[0].text) for q in queries]),
+        grades=grades,
+        unjudged=grades < 0,
     )
 
 
@@ -205,4 +233,4 @@ def _kept(name: str, key: object, make: Callable[[], Array]) -> Array:
 
 
 if __name__ == "__main__":
-    claims(), reworded(reports()), pictures()
+    claims(), cranfield(), reworded(reports()), pictures()

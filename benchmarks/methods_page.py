@@ -23,7 +23,7 @@ ABOUT = {
 fifth chooses, the 300 test claims are measured. The teacher is BM25 and cosine fused, a scorer of another family than
 the student; its one constant was chosen on the claims that teach. Candidates: the untouched student's 16 nearest wrong
 ones; 16 random; the 16 farthest. `agreement`: pairs among the 16 nearest of an unseen claim that the student
-orders as the teacher does.""",
+orders as the teacher does. `order on Cranfield`: judged pairs of different grade, of another collection, in order.""",
     "alike": """Contrast: findings and impression of one report belong together, equal texts being equally right.
 Teacher: the ontology's Tversky matrix over the texts of whole reports. `nDCG@10` is that of `report_reports` (grade 2
 the same findings, 1 an overlap, by human coding); `order`: graded pairs among the 40 nearest of the untouched encoder

@@ -549,3 +549,28 @@ def test_the_shipped_text_tower_loads_and_tells_where_it_comes_from(tmp_path: Pa
     vectors = encoder.encode_documents([Item(text=near), Item(text=far)])
     scores = vectors @ encoder.encode_queries([Item(text="Cholesterol is reduced by statins.")])[0]
     assert scores[0] > scores[1] + 0.3
+
+
+def test_the_shipped_tower_for_reports_loads_and_tells_where_it_comes_from(tmp_path: Path) -> None:
+    from encoders.models import WEIGHTS
+    from encoders.text import text_encoder
+    from encoders.text_recipe import read_reports
+    from retrieval.types import Item
+
+    folder = WEIGHTS / "chest-text"
+    assert lineage(folder)["recipe_digest"] == read_reports(WEIGHTS.parent / "recipes" / "chest-text.toml").digest
+    card = (folder / "README.md").read_text("utf-8")
+    for word in ("CC BY-NC-ND 4.0", "lightbox train", "not for commercial use"):
+        assert word in card
+    texts = [
+        "Heart size is enlarged. Lungs are clear.",
+        "There is cardiomegaly without focal airspace disease.",
+        "Heart size is normal. Lungs are clear.",
+    ]
+    scores = []
+    for name in ("chest-text", None):
+        vectors = text_encoder(name, tmp_path).encode_documents([Item(text=text) for text in texts])
+        scores.append(vectors[0] @ vectors[1:].T)
+    (same, other), untouched = scores
+    assert same > other  # what they say
+    assert untouched[0] < untouched[1] - 0.3  # how they say it
