@@ -201,11 +201,14 @@ def page(figures: Mapping[str, Any]) -> str:
 def _measured(figures: Mapping[str, Any], suite: Suite) -> list[str]:
     """The table of a suite, its seeds, and what the teachers are worth."""
     columns = [(part, retriever) for part in suite.sets for retriever in suite.retrievers]
-    heads = [f"{part} ({suite.sets[part]}), {retriever}" for part, retriever in columns]
-    lines = [f"| encoder | measured | {' | '.join(heads)} | documents/s |", "|---" * (len(columns) + 3) + "|"]
+    heads = ["encoder", "measured", *(f"{part} ({suite.sets[part]}), {retriever}" for part, retriever in columns)]
+    timed = any("documents_per_second" in told for told in figures["encoders"].values())
+    heads += ["documents/s"] * timed
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for name, told in figures["encoders"].items():
         cells = [_cell(told["figures"].get(part, {}).get(retriever)) for part, retriever in columns]
-        lines.append(f"| {name} | {told['where']} | {' | '.join(cells)} | {told.get('documents_per_second', '–')} |")
+        cells += [str(told.get("documents_per_second", "–"))] * timed
+        lines.append(f"| {name} | {told['where']} | {' | '.join(cells)} |")
     return [*lines, "", *_seeds(figures["encoders"], suite), *_against(figures.get("against", {}), suite)]
 
 
@@ -289,12 +292,19 @@ _ABOUT_REPORTS = """The radiograph tasks that reports answer (Indiana, dev part,
 written by `python -m benchmarks.students --reports`. `dense` is the tower alone, `hybrid` BM25, tower and ontology
 with the default weights.
 
-`chest-text` comes from `encoders/recipes/chest-text.toml`: two of MiniLM's six layers learn, in six minutes on one
+`chest-text` comes from `encoders/recipes/chest-text.toml`: two of MiniLM's six layers learn, in ten minutes on one
 core, from 2,218 reports of the train part. Their teacher is the ontology: a weighted Tversky index over the findings
 that the linker reads in whole reports, in single sentences and in names of findings (UniME's first stage).
 `chest-text without its teacher` is the same recipe with `relations = 0.0` and `contrast = 1.0`: the findings of a
 report find its impression. Neither reads a label; the tasks are judged by human coding that neither was shown."""
-_READING_REPORTS = """READING"""
+_READING_REPORTS = """By itself the tower finds reports with the same findings three times as well as the one that it
+began as, and the teacher makes most of that: the same texts without it give two fifths of the gain. Findings asked for
+by name follow it too; what the baseline learns about them is within its spread. On findings that should be absent
+(nine queries) nothing is shown: cosines see what a text is about more than what it denies, before and after.
+
+In the hybrid the ontology itself searches, with BM25 beside it, and has found nearly all there is to find: the best
+that can be said there is that the tower takes nothing away. It is for places where the tower is alone, and it costs
+SciFact 0.076 of dense nDCG@10."""
 
 
 if __name__ == "__main__":
