@@ -190,6 +190,7 @@ class Abstracts:
 
     def __init__(self, claims: Claims, teacher: Scorer | None = None, graded: Graded | None = None) -> None:
         self.claims, self.dim, self.graded = claims, claims.queries.shape[1], graded
+        self.grades = None if graded is None else torch.from_numpy(graded.grades)  # of the digest of kept runs
         self.queries, self.documents = torch.from_numpy(claims.queries), torch.from_numpy(claims.documents)
         self.relevant = torch.from_numpy(claims.grades > 0)
         self.rows = {part: np.flatnonzero(claims.part == part) for part in ("fit", "validate", "test")}
@@ -259,10 +260,8 @@ class Abstracts:
         }
         if self.graded is not None and part == "test":
             left, right = (torch.from_numpy(side) for side in (self.graded.queries, self.graded.documents))
-            order = reliability(
-                (heads.left(left) @ heads.right(right).T).numpy(), self.graded.grades, self.graded.unjudged
-            )
-            found["order on Cranfield"] = order.per_query
+            scores, grades = heads.left(left) @ heads.right(right).T, self.graded.grades
+            found["order on Cranfield"] = reliability(scores.numpy(), grades, grades < 0).per_query
         return found
 
 

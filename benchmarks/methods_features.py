@@ -52,8 +52,7 @@ class Graded(NamedTuple):
 
     documents: Matrix  # (N, D)
     queries: Matrix  # (Q, D)
-    grades: NDArray[np.int64]  # (Q, N)
-    unjudged: NDArray[np.bool_]  # (Q, N)
+    grades: NDArray[np.int64]  # (Q, N); -1 where there is none
 
 
 class Reports(NamedTuple):
@@ -100,6 +99,8 @@ def claims() -> Claims:
 
 
 def cranfield() -> Graded:
+    """Grades from 1 up. Each query has one abstract of grade 0 (-1 in the original), which lies nearest of all: it
+    looks like the one that the question was made from, and is left out."""
     source = read_source(data() / "cranfield")
     documents = [d for d in source.documents() if isinstance(d, Document) and d.content.strip()]
     row = {document.id: n for n, document in enumerate(documents)}
@@ -108,13 +109,12 @@ def cranfield() -> Graded:
     grades = np.full((len(queries), len(documents)), -1, np.int64)
     for n, query in enumerate(queries):
         for document, grade in judged[query.id].items():
-            if document in row:
+            if document in row and grade > 0:
                 grades[n, row[document]] = grade
     return Graded(
         documents=_vectors("documents of cranfield", [Item(text=d.content) for d in documents]),
         queries=_vectors("queries of cranfield", [Item(text=q.parts[0].text) for q in queries]),
         grades=grades,
-        unjudged=grades < 0,
     )
 
 
