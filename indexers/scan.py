@@ -42,6 +42,7 @@ class Stored:
         self.chunks = [np.asarray(chunk) for chunk in chunks if len(chunk)]
         self.dim = dims.pop() if dims else 0
         self.starts = np.cumsum([0, *(len(chunk) for chunk in self.chunks)]).astype(np.int64)
+        self._narrow = any(chunk.dtype != np.float32 for chunk in self.chunks)
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -70,17 +71,24 @@ class Stored:
         """float32 rows of `numbers`, in the order asked."""
         out = np.empty((len(numbers), self.dim), np.float32)
         owner = np.searchsorted(self.starts, numbers, "right") - 1
+        order = np.argsort(owner, kind="stable")
+        ends = np.searchsorted(owner[order], np.arange(len(self.chunks) + 1))
         for at, chunk in enumerate(self.chunks):
-            here = owner == at
-            if here.any():
-                out[here] = _unit(chunk[numbers[here] - self.starts[at]])
-        return out
+            here = order[ends[at] : ends[at + 1]]
+            if len(here):
+                out[here] = chunk[numbers[here] - self.starts[at]]
+        return _to_unit(out) if self._narrow else out
 
     def scores(self, queries: Matrix, numbers: Numbers) -> Scores:
         """Inner products of queries (Q, D) with the rows of `numbers` (Q, K), where -1 gives -inf."""
+        best = np.full(numbers.shape, -np.inf, np.float32)
+        if self._narrow:
+            for query, some, out in zip(queries, numbers, best, strict=True):
+                known = some >= 0
+                out[known] = self.gather(some[known]) @ query
+            return best
         if len(self.chunks) == 1:
             return _inner_products(queries, self.chunks[0], numbers)
-        best = np.full(numbers.shape, -np.inf, np.float32)
         for start, chunk in zip(self.starts, self.chunks, strict=False):
             here = numbers - start
             here[(here < 0) | (here >= len(chunk))] = -1
@@ -88,25 +96,22 @@ class Stored:
         return best
 
 
-def _inner_products(queries: Matrix, chunk: NDArray[Any], numbers: Numbers) -> Scores:
-    if chunk.dtype == np.float32:  # read in place
-        out = np.empty(numbers.shape, np.float32)
-        pointers = map(faiss.swig_ptr, (out, queries, chunk, numbers))
-        faiss.fvec_inner_products_by_idx(*pointers, chunk.shape[1], *numbers.shape)
-        return out
-    out = np.full(numbers.shape, -np.inf, np.float32)
-    for row, query in enumerate(queries):
-        known = numbers[row] >= 0
-        out[row, known] = _unit(chunk[numbers[row, known]]) @ query
+def _inner_products(queries: Matrix, chunk: Matrix, numbers: Numbers) -> Scores:
+    """Rows are read where they lie."""
+    out = np.empty(numbers.shape, np.float32)
+    pointers = map(faiss.swig_ptr, (out, queries, chunk, numbers))
+    faiss.fvec_inner_products_by_idx(*pointers, chunk.shape[1], *numbers.shape)
     return out
 
 
 def _unit(rows: NDArray[Any]) -> Matrix:
-    if rows.dtype == np.float32:
-        return np.ascontiguousarray(rows)
-    wide: Matrix = rows.astype(np.float32)
-    wide /= np.maximum(np.linalg.norm(wide, axis=1, keepdims=True), np.finfo(np.float32).tiny)
-    return wide
+    return np.ascontiguousarray(rows) if rows.dtype == np.float32 else _to_unit(rows.astype(np.float32))
+
+
+def _to_unit(rows: Matrix) -> Matrix:
+    """In place."""
+    rows /= np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), np.finfo(np.float32).tiny)
+    return rows
 
 
 @contextmanager

@@ -125,6 +125,11 @@ def test_small_stored_types_are_read_as_unit_vectors(dtype: type) -> None:
         np.testing.assert_allclose(found.scores[:, :5], brute(asked, decoded, 5, allowed), atol=1e-6)
     np.testing.assert_allclose(decoded, rows, atol=0.01)
     assert index.bytes_per_vector == 32 * stored.itemsize
+    chunked = Stored([stored[:100], stored[100:150], stored[150:]])
+    some = np.array([[399, 0, -1, 120], [100, 99, 149, 150]])
+    np.testing.assert_array_equal(chunked.gather(some[1]), decoded[some[1]])
+    wanted = np.where(some < 0, -np.inf, (asked[:2, None] * decoded[some]).sum(-1))
+    np.testing.assert_allclose(chunked.scores(asked[:2], some), wanted, atol=1e-6)
 
 
 @pytest.mark.parametrize("queries", [1, 12])
