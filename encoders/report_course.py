@@ -43,7 +43,8 @@ def report_course(recipe: Path, linker: Linker | None, alike: Likeness | None) -
     if linker is None or alike is None:
         raise InputError("a recipe of kind 'reports' needs a linker and its measure of likeness", "kind")
     studies = read_studies(source(plan.data.source), plan.data.part)
-    student = Student(plan.student.base, tokens=plan.student.tokens, frozen=plan.student.frozen)
+    start = plan.student
+    student = Student(start.base, tokens=start.tokens, frozen=start.frozen, layers=start.layers, head=start.head)
     student.must_learn()
     digests = {
         "recipe": plan.digest,
@@ -71,6 +72,10 @@ class ReportCourse:
         torch.manual_seed(plan.schedule.seed)
         self.studies = [study for study in studies if not _judges(study)]
         self.held = [study for study in studies if _judges(study)]
+        if plan.loss.contrast and not any(all(study.sections) for study in self.studies):
+            raise InputError(
+                "no report has both findings and impression: loss.contrast has nothing to compare", "loss"
+            )
         if len(self.studies) < self.rows or not self.held:
             raise InputError(
                 f"{len(self.studies)} reports to learn from and {len(self.held)} to judge by; a batch of "
@@ -126,6 +131,8 @@ class ReportCourse:
     def _contrast(self, batch: list[Study]) -> Tensor:
         """Findings and impression of one report belong together; equal impressions are all right."""
         whole = [study.sections for study in batch if all(study.sections)]
+        if not whole:
+            return torch.zeros((), requires_grad=True)
         findings = self.student.vectors([section for section, _ in whole])  # (B, D)
         impressions = self.student.vectors([section for _, section in whole])  # (B, D)
         keys = [section for _, section in whole]

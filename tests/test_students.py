@@ -250,6 +250,39 @@ def test_a_cut_student_nears_its_teacher(place: Path, base: Path, monkeypatch: p
     assert config["num_hidden_layers"] == 1
 
 
+def test_a_narrow_student_loses_what_varies_least(base: Path) -> None:
+    from encoders.cut_course import narrow
+
+    texts = [" ".join(draw) for draw in np.random.default_rng(0).choice(WORDS, (40, 8))]
+    student, whole = Student(str(base), layers=(0, 1)), Student(str(base), layers=(0, 1))
+    dead = [3, 40, 51]  # units that always give the same: nothing is lost without them
+    for layer in (*student.body.layers, *whole.body.layers):
+        with torch.no_grad():
+            layer.intermediate.dense.weight[dead] = 0.0
+            layer.intermediate.dense.bias[dead] = 1.0
+    narrow(student, 61, texts)
+    assert [layer.intermediate.dense.weight.shape[0] for layer in student.body.layers] == [61, 61]
+    np.testing.assert_allclose(student.encode(texts), whole.encode(texts), atol=1e-5)
+    narrow(student, 30, texts)
+    assert np.abs(student.encode(texts) - whole.encode(texts)).max() > 1e-4
+    with pytest.raises(InputError, match="the layers of the base are 30 wide"):
+        narrow(student, 31, texts)
+
+
+def test_a_narrow_student_is_saved_as_it_is(place: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from encoders import cut_course
+    from encoders.text import text_encoder
+    from retrieval.types import Item
+
+    monkeypatch.setattr(cut_course, "HELD_OUT", 8)
+    folder = train(recipe(place, base, "cut", student="layers = [1]\nwidth = 40"), place / "out", quiet)
+    assert json.loads((folder / "config.json").read_text())["intermediate_size"] == 40
+    made = text_encoder(str(folder), place / "cache").encode_queries([Item(text="left lung")])
+    np.testing.assert_allclose(Student(str(folder)).encode(["left lung"]), made, atol=1e-4)
+    with pytest.raises(InputError, match="none may be frozen"):
+        train(recipe(place, base, "cut", student="layers = [1]\nwidth = 40\nfrozen = 1"), place / "other", quiet)
+
+
 ALIKE = partial(tversky_matrix, by=Measure(Index(), lambda concept: (), lambda concept: ()))
 
 
@@ -292,12 +325,26 @@ def test_a_tower_for_reports_learns_without_a_teacher_too(reports: Path, place: 
     assert losses[0][-1] < losses[0][0]
 
 
+def test_findings_without_an_impression_have_nothing_to_be_compared_with(reports: Path, place: Path) -> None:
+    reports.write_text(reports.read_text().replace("relations = 1.0", "relations = 0.0\ncontrast = 1.0"))
+    path = place / "films" / "reports.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for kept in (1, 0):  # of 240 reports: a batch may have none
+        halves = [row | {"impression": row["impression"] if n < kept else None} for n, row in enumerate(rows)]
+        path.write_text("".join(json.dumps(row) + "\n" for row in halves))
+        if kept:
+            train(reports, place / "out", quiet, linker=WordLinker(WORDS), alike=ALIKE)
+            continue
+        with pytest.raises(InputError, match="no report has both"):
+            train(reports, place / "none", quiet, linker=WordLinker(WORDS), alike=ALIKE)
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
         ("relations = 1.0", "relations = 0.0", "both 0; nothing would be learned"),
         ("relations = 1.0", "relations = 1.0\nteacher = 0", r"loss\.teacher is 0; it must lie between"),
-        ('source = "films"', 'source = "nowhere"', r"no reports\.jsonl in nowhere|no reports\.jsonl in .*nowhere"),
+        ('source = "films"', 'source = "nowhere"', r"no reports\.jsonl in .*nowhere"),
         ('source = "films"', 'source = "films"\npart = "dev"', r"data\.part is 'dev'; it must be one of train, all"),
         ("batch = 32", "batch = 512", "reports to learn from and .* to judge by"),
         ("frozen = 1", "frozen = 2", "one must learn"),
