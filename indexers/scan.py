@@ -69,6 +69,11 @@ class Stored:
 
     def gather(self, numbers: Numbers) -> Matrix:
         """float32 rows of `numbers`, in the order asked."""
+        rows = self._rows(numbers)
+        return _to_unit(rows) if self._narrow else rows
+
+    def _rows(self, numbers: Numbers) -> Matrix:
+        """The same as they are stored: those of narrow types are not of unit length."""
         out = np.empty((len(numbers), self.dim), np.float32)
         owner = np.searchsorted(self.starts, numbers, "right") - 1
         order = np.argsort(owner, kind="stable")
@@ -77,7 +82,7 @@ class Stored:
             here = order[ends[at] : ends[at + 1]]
             if len(here):
                 out[here] = chunk[numbers[here] - self.starts[at]]
-        return _to_unit(out) if self._narrow else out
+        return out
 
     def scores(self, queries: Matrix, numbers: Numbers) -> Scores:
         """Inner products of queries (Q, D) with the rows of `numbers` (Q, K), where -1 gives -inf."""
@@ -85,7 +90,7 @@ class Stored:
         if self._narrow:
             for query, some, out in zip(queries, numbers, best, strict=True):
                 known = some >= 0
-                out[known] = self.gather(some[known]) @ query
+                out[known] = _cosines(query, self._rows(some[known]))
             return best
         if len(self.chunks) == 1:
             return _inner_products(queries, self.chunks[0], numbers)
@@ -94,6 +99,17 @@ class Stored:
             here[(here < 0) | (here >= len(chunk))] = -1
             np.maximum(best, _inner_products(queries, chunk, here), out=best)
         return best
+
+
+def _cosines(query: Matrix, rows: Matrix) -> Scores:
+    """(K,) of unit query (D,) and rows (K, D). By FAISS: BLAS would wake its threads for this little."""
+    products: Scores
+    lengths: Scores
+    products, lengths = np.empty((2, len(rows)), np.float32)
+    faiss.fvec_inner_products_ny(*map(faiss.swig_ptr, (products, query, rows)), *rows.shape[::-1])
+    faiss.fvec_norms_L2(*map(faiss.swig_ptr, (lengths, rows)), *rows.shape[::-1])
+    products /= np.maximum(lengths, np.finfo(np.float32).tiny)
+    return products
 
 
 def _inner_products(queries: Matrix, chunk: Matrix, numbers: Numbers) -> Scores:
