@@ -1,4 +1,4 @@
-"""The course of a cut text tower: some of its base's layers, taught to give the whole base's vectors.
+"""The course of a cut text tower: some of its base's layers, narrower or not, taught to give the whole base's vectors.
 
 UniME's first stage (`encoders.unime.tdd_loss`): the texts of a batch should lie to one another as they do for the
 teacher. Where student and teacher have the same dimensions, as here, the vectors themselves can be learned beside it.
@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor, nn
 
 from encoders.collection import kept_vectors
 from encoders.film import source
@@ -31,6 +32,7 @@ from retrieval.files import read_source
 from retrieval.types import Document, Matrix, Progress
 
 HELD_OUT = 256  # texts that judge: how near the student's vectors come to the teacher's
+READ = 64  # texts that tell which hidden units matter
 _SENTENCE = re.compile(r"(?<=[.!?])\s+(?=[A-Z0-9])")
 
 
@@ -68,6 +70,38 @@ def read_texts(folders: Sequence[Path], sentences: int, limit: int) -> list[str]
     return [kept[n] for n in draw.permutation(len(kept))]
 
 
+@torch.no_grad()
+def narrow(student: Student, width: int, texts: Sequence[str]) -> None:
+    """Keep the `width` hidden units of every feed-forward part that vary most in what they add, and the others' mean.
+
+    A unit adds its activation times its column of the outer weights. What it adds on average, over the tokens of
+    `texts`, goes into the bias, so that only its standard deviation is lost: of MiniLM's 1,536 units a sixth can go
+    and the vectors keep a cosine of 0.977 to what they were (0.864 where those with the smallest weights go).
+    """
+    assert student.body is not None  # a cut student keeps some of its layers
+    layers: Any = student.body.layers
+    parts: list[tuple[Any, Any]] = [(layer.intermediate.dense, layer.output.dense) for layer in layers]
+    most = min(into.out_features for into, _ in parts)
+    if width > most:
+        raise InputError(f"width is {width}; the layers of the base are {most} wide", "student.width")
+    seen: list[list[Tensor]] = [[] for _ in parts]
+    hooks = [
+        layer.intermediate.register_forward_hook(lambda _, __, out, at=at: seen[at].append(out.flatten(0, -2)))
+        for at, layer in enumerate(layers)
+    ]
+    student.encode(texts)
+    for hook in hooks:
+        hook.remove()
+    for (into, out), activations in zip(parts, map(torch.cat, seen), strict=True):  # (tokens, units)
+        matters = activations.std(0) * out.weight.norm(dim=0)
+        kept, gone = (some.sort().values for some in matters.argsort(descending=True).tensor_split([width]))
+        out.bias += out.weight[:, gone] @ activations.mean(0)[gone]
+        into.weight, into.bias = nn.Parameter(into.weight[kept]), nn.Parameter(into.bias[kept])
+        out.weight = nn.Parameter(out.weight[:, kept])
+        into.out_features = out.in_features = width
+    student.model[0].model.config.intermediate_size = width
+
+
 class CutCourse:
     """Implements `encoders.train.Course`. teacher: (N, D) its vectors of `texts`."""
 
@@ -76,6 +110,8 @@ class CutCourse:
         torch.manual_seed(plan.schedule.seed)
         start = plan.student
         self.student = Student(start.base, tokens=start.tokens, frozen=start.frozen, layers=start.layers)
+        if start.width:
+            narrow(self.student, start.width, texts[HELD_OUT : HELD_OUT + READ])
         self.module, self.rows = self.student.module, plan.schedule.batch
         self.held, self.texts = list(texts[:HELD_OUT]), list(texts[HELD_OUT:])
         self.held_vectors, self.vectors = teacher[:HELD_OUT], teacher[HELD_OUT:]

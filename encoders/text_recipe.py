@@ -109,12 +109,19 @@ class CutLoss:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Cut(Start):
+    """What is kept of the base."""
+
+    width: int = 0  # hidden units of each kept layer's feed-forward part; 0: all
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CutRecipe(Digested):
-    """A text tower with fewer layers learns to give the whole tower's vectors."""
+    """A text tower with fewer and narrower layers learns to give the whole tower's vectors."""
 
     kind: str
     data: Texts
-    student: Start
+    student: Cut
     loss: CutLoss = field(default_factory=CutLoss)
     schedule: Pace
 
@@ -156,6 +163,7 @@ _LIMITS = Limits(
         "data.held_out": (0, 0.9), "data.share": (0, 1), "data.sentences": (0, 100), "data.names": (0, 100),
         "data.limit": (1, 10_000_000),
         "student.tokens": (0, 8192), "student.frozen": (0, 1000),
+        "student.width": (0, 1_000_000),
         "teacher.depth": (2, 1000), "teacher.weight": (0, 1), "teacher.temperature": (0.001, 10),
         "loss.contrast": (0, 100), "loss.distil": (0, 100), "loss.cprd": (0, 100), "loss.temperature": (0.001, 10),
         "loss.negatives": (0, 100), "loss.chunk": (0, 1_000_000), "loss.depth": (1, 1000), "loss.made": (0, 100),
@@ -193,6 +201,8 @@ def read_cut(path: Path) -> CutRecipe:
     plan: CutRecipe = read_as(CutRecipe, path, _LIMITS)
     if not plan.student.layers:
         raise InputError("student.layers names no layer; a cut student keeps some of its base's", "student.layers")
+    if plan.student.width and plan.student.frozen:
+        raise InputError("student.width narrows every layer, so none may be frozen", "student.frozen")
     if not plan.loss.relations + plan.loss.vectors:
         raise InputError("loss.relations and loss.vectors are both 0; nothing would be learned", "loss")
     return plan
