@@ -145,6 +145,10 @@ class Student:
         self.module.train(learning)
         return unit(np.concatenate(blocks))
 
+    def read_whole(self) -> None:
+        """From now on as many tokens as the model reads, which is what the released tower does."""
+        self.longest, self._known = self.model.max_seq_length, {}
+
     def below(self, texts: Sequence[str]) -> list[Tensor]:
         """Per text its (L,) token ids, or the (L, H) that the frozen layers make of it."""
         missing = [text for text in dict.fromkeys(texts) if text not in self._known]

@@ -244,8 +244,10 @@ def test_a_cut_student_nears_its_teacher(place: Path, base: Path, monkeypatch: p
     path = recipe(place, base, "cut", student="layers = [1]")
     path.write_text(path.read_text().replace("epochs = [2]", "epochs = [4]").replace("batch = 4", "batch = 16"))
     folder = train(path, place / "out", quiet)
-    figures = [epoch["dev"] for epoch in lineage(folder)["epochs"]]
+    told = lineage(folder)
+    figures = [epoch["dev"] for epoch in told["epochs"]]
     assert figures[-1] > figures[0]
+    assert told["straightened"]["dev"] > figures[-1]
     config = json.loads((folder / "config.json").read_text())
     assert config["num_hidden_layers"] == 1
 
