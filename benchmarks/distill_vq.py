@@ -1,7 +1,8 @@
 """Distill-VQ beside what else compresses vectors, at equal bytes and equal nprobe.
 
 ``python -m benchmarks.distill_vq [--spaces scifact] [--bytes 24] [--seeds 0,1,2]`` adds what is missing to
-docs/distill_vq.json, and draws docs/distill_vq.md and the plots from it; with ``--draw`` it only draws.
+docs/distill_vq.json, and draws docs/distill_vq.md and the plots from it; with ``--draw`` it only draws, and with
+``--lists`` it measures what visiting more lists gives at 96 bytes.
 What was measured once is not measured again, so a sweep that was stopped goes on where it was.
 """
 
@@ -14,6 +15,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,7 @@ FEW = 64
 WINDOWS = ("plain", "4 bits")  # learn from the windows, as "" does
 START = {"labels": "log", "few labels": "", "4 bits": ""}  # whose start they share: the same queries, or those of all
 METHODS = (*FITTED, *LEARNED)
+JUDGED = ("scifact", "roco_captions")
 RECIPE = Recipe()
 _IP = untyped_faiss.METRIC_INNER_PRODUCT
 
@@ -52,8 +55,13 @@ def main() -> None:
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--methods", default="|".join(METHODS))
     parser.add_argument("--draw", action="store_true", help="only draw what has been measured")
+    parser.add_argument("--lists", action="store_true", help="measure other numbers of visited lists instead")
     given = parser.parse_args()
-    if not given.draw:
+    if given.lists:
+        for name, method, seed in product(JUDGED, ("opq+ivfpq", "distill, log"), map(int, given.seeds.split(","))):
+            if (key := f"lists|{name}|{method}|{seed}") not in known():
+                record(key, visited(space_of(name), method, seed))
+    elif not given.draw:
         for name, size, seed in _runs(given.spaces, given.bytes, given.seeds):
             for method in given.methods.split("|"):
                 key = f"{name}|{size}|{method}|{seed}"
@@ -106,19 +114,33 @@ def measured(held: Space, method: str, size: int, seed: int, part: str = "test")
     if index is None:
         return None
     seconds = time.process_time() - start
+    _add(index, held, method)
+    score, overlap = _reached(index, held, part, shape(held.name)[1])
+    return {"score": score, "overlap": overlap, "bytes": code_bytes(index), "cpu_s": round(seconds, 1)}
+
+
+def visited(held: Space, method: str, seed: int) -> dict[str, float]:
+    """Quality at 96 bytes by how many lists are visited: from there on codes alone are what loses."""
+    index = made(held, method, max(BYTES), seed)
+    _add(index, held, method)
+    lists, fewest = shape(held.name)
+    each = (fewest << n for n in range((lists // fewest).bit_length()))
+    return {str(count): _reached(index, held, "test", count)[0] for count in each}
+
+
+def _add(index: Any, held: Space, method: str) -> None:
     index.add(held.documents)
     if method in LEARNED:
         face(index)
+
+
+def _reached(index: Any, held: Space, part: str, nprobe: int) -> tuple[float, float]:
+    """(quality, overlap with exact search) of what is found in `nprobe` lists."""
     asked = held.asked[part]
-    found = searched(index, asked.vectors, shape(held.name)[1])
+    found = searched(index, asked.vectors, nprobe)
     overlap = _overlap(found, _truth(held.name, part), asked)
     quality = overlap if held.measure == OVERLAP else _quality(found, asked, held.measure)
-    return {
-        "score": round(quality, 5),
-        "overlap": round(overlap, 5),
-        "bytes": code_bytes(index),
-        "cpu_s": round(seconds, 1),
-    }
+    return round(quality, 5), round(overlap, 5)
 
 
 def code_bytes(index: Any) -> int:
