@@ -17,7 +17,7 @@ import os
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -96,7 +96,7 @@ def train(
     """
     kind = kind_of(recipe)
     folder, cache = folder_made(out or Path("runs") / recipe.stem), Path("runs") / "cache"
-    with _processes():
+    with _processes(), _removed_if_empty(folder):
         if kind == "film":
             from encoders.joined import train_members
 
@@ -106,6 +106,17 @@ def train(
 
             return Run(report_course(recipe, linker, alike), folder, progress).to_the_end()
         return Run(_course(kind, recipe, cache, progress), folder, progress).to_the_end()
+
+
+@contextmanager
+def _removed_if_empty(folder: Path) -> Iterator[None]:
+    """A recipe that is refused leaves nothing behind."""
+    try:
+        yield
+    except InputError:
+        with suppress(OSError):
+            folder.rmdir()
+        raise
 
 
 def _course(kind: str, recipe: Path, cache: Path, progress: Progress) -> Course:
