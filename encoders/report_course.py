@@ -27,6 +27,7 @@ from encoders.film import source
 from encoders.scores import digest
 from encoders.student import Student
 from encoders.studies import Study, read_studies
+from encoders.text_course import begun
 from encoders.text_recipe import ReportRecipe, read_reports
 from encoders.unime import tdd_loss
 from retrieval.errors import InputError
@@ -43,9 +44,7 @@ def report_course(recipe: Path, linker: Linker | None, alike: Likeness | None) -
     if linker is None or alike is None:
         raise InputError("a recipe of kind 'reports' needs a linker and its measure of likeness", "kind")
     studies = read_studies(source(plan.data.source), plan.data.part)
-    start = plan.student
-    student = Student(start.base, tokens=start.tokens, frozen=start.frozen, layers=start.layers, head=start.head)
-    student.must_learn()
+    student = begun(plan.student, plan.schedule.seed)
     digests = {
         "recipe": plan.digest,
         "data": digest([study.uid, *study.sections] for study in studies),
@@ -69,7 +68,6 @@ class ReportCourse:
     ) -> None:
         self.plan, self.student, self.alike, self.digests = plan, student, alike, digests
         self.pace, self.module, self.rows = plan.schedule, student.module, plan.schedule.batch
-        torch.manual_seed(plan.schedule.seed)
         self.studies = [study for study in studies if not _judges(study)]
         self.held = [study for study in studies if _judges(study)]
         if plan.loss.contrast and not any(all(study.sections) for study in self.studies):

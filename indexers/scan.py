@@ -86,14 +86,14 @@ class Stored:
 
     def scores(self, queries: Matrix, numbers: Numbers) -> Scores:
         """Inner products of queries (Q, D) with the rows of `numbers` (Q, K), where -1 gives -inf."""
+        if len(self.chunks) == 1 and not self._narrow:
+            return _inner_products(queries, self.chunks[0], numbers)
         best = np.full(numbers.shape, -np.inf, np.float32)
         if self._narrow:
             for query, some, out in zip(queries, numbers, best, strict=True):
                 known = some >= 0
                 out[known] = _cosines(query, self._rows(some[known]))
             return best
-        if len(self.chunks) == 1:
-            return _inner_products(queries, self.chunks[0], numbers)
         for start, chunk in zip(self.starts, self.chunks, strict=False):
             here = numbers - start
             here[(here < 0) | (here >= len(chunk))] = -1
